@@ -1,0 +1,102 @@
+"""TileLang body of head routing. One CTA serves the 16 rows of a tile, two (H=64) or four (H=32) rows per product."""
+
+import functools
+
+import tilelang
+import tilelang.language as T
+
+from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
+from indexer_kernels.row_plan import TILE_ROWS
+
+THREADS = 256
+TILE_BLOCKS = 128
+
+
+def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
+    """r[m, h] = |w[m, h]| * sum over the row's full blocks of relu(q[m, h] . mean[b]); heads[m] = the active_heads largest.
+
+    Rank counting, not sorting: a head's slot is the number of heads with a larger r, or an equal r and a lower index.
+    """
+    product_rows = 128 // num_heads
+    num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
+    num_requests, block_tiles = T.dynamic("num_requests"), T.dynamic("block_tiles")
+
+    @T.prim_func
+    def head_route(
+        q: T.Tensor((num_rows * num_heads, HEAD_DIM), FP8),
+        weights: T.Tensor((num_rows, num_heads), "float32"),
+        means: T.Tensor((num_requests, block_tiles * TILE_BLOCKS, HEAD_DIM), "bfloat16"),
+        lengths: T.Tensor((num_rows,), "int32"),
+        tile_request: T.Tensor((num_tiles,), "int32"),
+        tile_rows: T.Tensor((num_tiles, TILE_ROWS), "int32"),
+        heads: T.Tensor((num_rows, active_heads), "int32"),
+    ):
+        with T.Kernel(TILE_ROWS // product_rows, num_tiles, threads=THREADS) as (part, tile):
+            q_shared = T.alloc_shared((128, HEAD_DIM), "bfloat16")
+            mean_shared = T.alloc_shared((TILE_BLOCKS, HEAD_DIM), "bfloat16")
+            routing_shared = T.alloc_shared((128,), "float32")
+            product = T.alloc_fragment((128, TILE_BLOCKS), "float32")
+            positive = T.alloc_fragment((128,), "float32")
+            routing = T.alloc_fragment((128,), "float32")
+            rank = T.alloc_fragment((128,), "int32")
+            request, most = T.alloc_var("int32"), T.alloc_var("int32")
+            # Rows of a tile are filled from the front, so an empty first slot means an empty part.
+            if tile_rows[tile, part * product_rows] >= 0:
+                request = tile_request[tile]
+                most = 0
+                for r in T.serial(product_rows):
+                    most = T.max(most, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
+                for i, d in T.Parallel(128, HEAD_DIM):
+                    q_shared[i, d] = T.cast(
+                        q[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads, d],
+                        "bfloat16",
+                    )
+                T.clear(routing)
+                for b in T.serial(T.min(T.ceildiv(most, TILE_BLOCKS), block_tiles)):
+                    T.copy(means[request, b * TILE_BLOCKS, 0], mean_shared)
+                    T.gemm(
+                        q_shared,
+                        mean_shared,
+                        product,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for i, j in T.Parallel(128, TILE_BLOCKS):
+                        product[i, j] = T.if_then_else(
+                            (b * TILE_BLOCKS + j + 1) * route_block
+                            <= lengths[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0)],
+                            T.max(product[i, j], 0),
+                            0,
+                        )
+                    T.reduce_sum(product, positive, dim=1)
+                    for i in T.Parallel(128):
+                        routing[i] = routing[i] + positive[i]
+                for i in T.Parallel(128):
+                    routing_shared[i] = routing[i] * T.abs(
+                        weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
+                    )
+                T.sync_threads()
+                for i in T.Parallel(128):
+                    rank[i] = 0
+                    for other in T.serial(num_heads):
+                        if (routing_shared[i // num_heads * num_heads + other] > routing_shared[i]) or (
+                            (routing_shared[i // num_heads * num_heads + other] == routing_shared[i])
+                            and (other < i % num_heads)
+                        ):
+                            rank[i] = rank[i] + 1
+                    if (rank[i] < active_heads) and (tile_rows[tile, part * product_rows + i // num_heads] >= 0):
+                        heads[tile_rows[tile, part * product_rows + i // num_heads], rank[i]] = i % num_heads
+
+    return head_route.with_attr("global_symbol", f"head_route_h{num_heads}_a{active_heads}_b{route_block}")
+
+
+@functools.cache
+def build(num_heads: int, active_heads: int, route_block: int):
+    """Compiled once per model shape and routing setting, whatever the batch."""
+    return tilelang.compile(
+        head_route_prim_func(num_heads, active_heads, route_block),
+        target=TARGET,
+        execution_backend="tvm_ffi",
+        pass_configs=PASS_CONFIGS,
+    )

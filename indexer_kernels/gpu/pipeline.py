@@ -1,0 +1,277 @@
+"""The modes on an sm_90a GPU: which kernels run in which order. Same results in every layout, because there is one layout: pages."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from indexer_kernels.gpu import (
+    block_means_kernel,
+    block_score_kernel,
+    head_route_kernel,
+    routed_pack_kernel,
+    routed_scores_kernel,
+)
+from indexer_kernels.gpu.deep_gemm_logits import paged_logits
+from indexer_kernels.gpu.page_select_kernel import CAPACITIES, empty_candidates, page_select
+from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.page_layout import pack_pages
+from indexer_kernels.params import IndexerParams
+from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_rows
+from indexer_kernels.top_k import TopK, torch_top_k
+
+HEADS = (32, 64)
+# Scores held at once. Rows are taken in slices that fit, so no context length can exhaust the device.
+SCRATCH_BYTES = 5 << 28
+BLOCK_TILE = head_route_kernel.TILE_BLOCKS
+
+
+class Pool(NamedTuple):
+    """The index-key pages [P, 8448] uint8 under the views the kernels read: 66 rows of 128 bytes, 33 of 64 floats."""
+
+    pages: torch.Tensor
+    keys: torch.Tensor
+    scales: torch.Tensor
+
+
+def refusal(mode: str, q: torch.Tensor, params: IndexerParams) -> str | None:
+    """Why this backend cannot serve the call, or None. Reads shapes and device properties only."""
+    if q.device.type != "cuda":
+        return f"q is on {q.device.type}, the gpu backend needs a CUDA device"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return f"compute capability {torch.cuda.get_device_capability(q.device)}, kernels are built for (9, 0)"
+    if q.shape[1] not in HEADS:
+        return f"{q.shape[1]} indexer heads, kernels are built for {HEADS}"
+    return mode_refusal(mode, params)
+
+
+def mode_refusal(mode: str, params: IndexerParams) -> str | None:
+    """The part of `refusal` that depends on the settings alone: what a server can know before it starts."""
+    if mode == "group_rerank":
+        return "group_rerank has no gpu kernels yet"
+    if mode in ("misa", "misa_rerank"):
+        if params.active_heads not in (4, 8, 16):
+            return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
+        if params.route_block > params.top_k:
+            return f"route_block={params.route_block} above top_k={params.top_k}: rows without a full block need native scores"
+    if mode == "misa_rerank" and params.candidate_unit == "token":
+        return "candidate_unit='token' has no gpu kernels yet, use 'page' or 'auto'"
+    return None
+
+
+def max_tokens(mode: str) -> int | None:
+    """The longest context the mode's kernels hold, or None where nothing bounds it."""
+    return CAPACITIES[-1] * PAGE_TOKENS if mode in ("misa_rerank", "hisa") else None
+
+
+def select_rows(
+    mode: str,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    plan: RowPlan,
+    params: IndexerParams,
+    output: str = "position",
+    top_k_kernel: TopK | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`indexer_kernels.select_rows` on the GPU: int32 [M, top_k], launched on the current stream, nothing read back."""
+    num_rows = plan.num_rows
+    if out is None:
+        out = torch.empty((num_rows, params.top_k), dtype=torch.int32, device=q.device)
+    if num_rows == 0:
+        return out
+    limit = max_tokens(mode)
+    if limit is not None and plan.max_length > limit:
+        raise ValueError(f"plan.max_length={plan.max_length} must be at most {limit} tokens for mode {mode!r}")
+    q, weights = q[:num_rows].contiguous(), weights[:num_rows].contiguous()
+    page_table = page_table[: plan.request_lengths.shape[0]].contiguous()
+    pool = Pool(
+        k_pages, k_pages.view(torch.float8_e4m3fn).view(-1, HEAD_DIM), k_pages.view(torch.float32).view(-1, PAGE_TOKENS)
+    )
+    run = {"native": _native, "misa": _misa, "misa_rerank": _misa_rerank, "hisa": _hisa}[mode]
+    run(q, weights, pool, page_table, plan, params, output, top_k_kernel or torch_top_k, out[:num_rows])
+    return out
+
+
+def select_ragged(
+    mode: str,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    params: IndexerParams,
+) -> torch.Tensor:
+    """`indexer_kernels.select_ragged` on the GPU. Packs each request's keys into pages (fp8, one copy) and reads ks, ke back."""
+    host_ks, host_ke = torch.stack([ks, ke]).cpu().long()
+    starts, row_request = torch.unique(host_ks, return_inverse=True)
+    plan = plan_rows(row_request, (host_ke - host_ks).clamp_min(0), len(starts), q.device)
+    lengths = torch.zeros(len(starts), dtype=torch.int64).scatter_reduce_(0, row_request, host_ke - host_ks, "amax")
+    num_pages = (lengths + PAGE_TOKENS - 1) // PAGE_TOKENS
+    first_page = num_pages.cumsum(0) - num_pages
+    pieces = [pack_pages(k[s : s + n], k_scale[s : s + n]) for s, n in zip(starts.tolist(), lengths.tolist()) if n]
+    if not pieces:
+        return torch.full((q.shape[0], params.top_k), -1, dtype=torch.int32, device=q.device)
+    table = (first_page[:, None] + torch.arange(int(num_pages.max()))).clamp_max(int(num_pages.sum()) - 1)
+    return select_rows(mode, q, weights, torch.cat(pieces), table.to(q.device, torch.int32), plan, params)
+
+
+def _native(q, weights, pool, page_table, plan, params, output, top_k, out):
+    """All heads over every page of the row's own table."""
+    width = min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS))
+    for rows in _slices(plan.num_rows, width * PAGE_TOKENS * 4):
+        table = page_table[plan.row_request[rows].long(), :width]
+        lengths = plan.row_lengths[rows]
+        # Past a row's end the table is garbage; DeepGEMM fetches pages in groups, so point there at the last page.
+        last = ((lengths + PAGE_TOKENS - 1) // PAGE_TOKENS - 1).clamp_min(0)
+        column = torch.minimum(torch.arange(width, device=q.device), last[:, None])
+        table = table.gather(1, column)
+        scores = paged_logits(q[rows], weights[rows], pool.pages, table, lengths.clamp_min(1))
+        top_k(scores, lengths, table if output == "slot" else None, out[rows])
+
+
+def _misa(q, weights, pool, page_table, plan, params, output, top_k, out):
+    """Routed heads over every page; the best top_k of their scores."""
+    packed_q, gate = _route(q, weights, pool, page_table, plan, params)
+    width = _whole_stages(min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS)))
+    place_out = torch.empty((plan.num_tiles * TILE_ROWS, params.top_k), dtype=torch.int32, device=q.device)
+    tile_lengths = torch.where(plan.tile_rows >= 0, plan.row_lengths[plan.tile_rows.clamp_min(0).long()], 0)
+    tile_pages = (plan.tile_length + PAGE_TOKENS - 1) // PAGE_TOKENS
+    for tiles in _slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, _num_sms(q.device)):
+        places = slice(tiles.start * TILE_ROWS, tiles.stop * TILE_ROWS)
+        scores = _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, PAGE_TOKENS)
+        table = None
+        if output == "slot":
+            table = page_table[plan.tile_request[tiles].long()].repeat_interleave(TILE_ROWS, dim=0)
+        top_k(scores, tile_lengths[tiles].flatten(), table, place_out[places])
+    torch.index_select(place_out, 0, plan.row_place, out=out)
+
+
+def _misa_rerank(q, weights, pool, page_table, plan, params, output, top_k, out):
+    """Routed heads choose pages by their best token; all heads re-rank the tokens of those pages."""
+    budget = params.candidates // PAGE_TOKENS
+    packed_q, gate = _route(q, weights, pool, page_table, plan, params)
+    width = _whole_stages(min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS)))
+    values = PAGE_TOKENS // routed_scores_kernel.WARP_KEYS
+    # A tile whose rows all fit the budget keeps every page: nothing to scan.
+    pages = (plan.tile_length + PAGE_TOKENS - 1) // PAGE_TOKENS
+    tile_pages = torch.where(pages > budget, pages, 0)
+    chosen = empty_candidates(plan.num_rows, budget, q.device)
+    for tiles in _slices(plan.num_tiles, width * values * 4 * TILE_ROWS, _num_sms(q.device)):
+        scores = _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, values)
+        _choose_pages(scores, plan, tiles, page_table, chosen, 1, values, params)
+    _rerank(q, weights, pool, plan, chosen, output, top_k, out)
+
+
+def _hisa(q, weights, pool, page_table, plan, params, output, top_k, out):
+    """All heads score block means and choose blocks; all heads score the tokens of those blocks."""
+    unit_pages = params.block_size // PAGE_TOKENS
+    means = _block_means(pool, page_table, plan, params.block_size)
+    block_tiles = means.shape[1] // BLOCK_TILE
+    # With few rows the block tiles are shared out, so that decode fills the chip too.
+    splits = min(block_tiles, max(1, _num_sms(q.device) // max(1, plan.num_tiles)))
+    scores = torch.empty((plan.num_tiles * TILE_ROWS, means.shape[1]), dtype=torch.float32, device=q.device)
+    block_score_kernel.build(q.shape[1], params.block_size)(
+        q.view(-1, HEAD_DIM),
+        weights,
+        means,
+        plan.tile_request,
+        plan.tile_rows,
+        plan.tile_length,
+        torch.arange(splits, dtype=torch.int32, device=q.device),
+        scores,
+        params.top_blocks * params.block_size,
+    )
+    chosen = empty_candidates(plan.num_rows, params.top_blocks * unit_pages, q.device)
+    _choose_pages(scores, plan, slice(0, plan.num_tiles), page_table, chosen, unit_pages, 1, params)
+    _rerank(q, weights, pool, plan, chosen, output, top_k, out)
+
+
+def _choose_pages(scores, plan, tiles, page_table, chosen, unit_pages, values, params):
+    rows = plan.tile_rows[tiles].flatten()
+    page_select(
+        scores,
+        rows,
+        plan.row_lengths,
+        plan.row_request,
+        page_table,
+        chosen,
+        plan.max_length,
+        unit_pages,
+        values,
+        params.local_tokens,
+    )
+
+
+def _rerank(q, weights, pool, plan, chosen, output, top_k, out):
+    """All heads over the candidate pages of each row; the best top_k of their tokens."""
+    physical, logical, counts = chosen
+    table = physical if output == "slot" else logical
+    for rows in _slices(plan.num_rows, physical.shape[1] * PAGE_TOKENS * 4):
+        scores = paged_logits(q[rows], weights[rows], pool.pages, physical[rows], counts[rows].clamp_min(1))
+        top_k(scores, counts[rows], table[rows], out[rows])
+
+
+def _route(q, weights, pool, page_table, plan, params):
+    """The routed heads of each row, laid out for the scan."""
+    num_heads = q.shape[1]
+    means = _block_means(pool, page_table, plan, params.route_block)
+    heads = torch.empty((plan.num_rows, params.active_heads), dtype=torch.int32, device=q.device)
+    flat_q = q.view(-1, HEAD_DIM)
+    head_route_kernel.build(num_heads, params.active_heads, params.route_block)(
+        flat_q, weights, means, plan.row_lengths, plan.tile_request, plan.tile_rows, heads
+    )
+    columns = plan.num_tiles * TILE_ROWS * params.active_heads
+    packed_q = torch.empty((columns, HEAD_DIM), dtype=q.dtype, device=q.device)
+    gate = torch.empty((columns,), dtype=torch.float32, device=q.device)
+    routed_pack_kernel.build(num_heads, params.active_heads)(flat_q, weights, heads, plan.tile_rows, packed_q, gate)
+    return packed_q, gate
+
+
+def _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, values) -> torch.Tensor:
+    """Scores of the tiles in `tiles`, [tiles * 16, width * values] f32: 64 values a page, or 4 maxima of 16 tokens each."""
+    num_tiles = tiles.stop - tiles.start
+    columns = TILE_ROWS * params.active_heads
+    scores = torch.empty((num_tiles * TILE_ROWS, width * values), dtype=torch.float32, device=packed_q.device)
+    packed = slice(tiles.start * columns, tiles.stop * columns)
+    routed_scores_kernel.build(params.active_heads, values < PAGE_TOKENS, _num_sms(packed_q.device))(
+        packed_q[packed],
+        gate[packed].view(-1, params.active_heads, routed_scores_kernel.GROUP_ROWS),
+        pool.keys,
+        pool.scales,
+        page_table,
+        plan.tile_request[tiles],
+        tile_pages[tiles],
+        scores,
+    )
+    return scores
+
+
+def _block_means(pool, page_table, plan, block_size) -> torch.Tensor:
+    """Mean keys of every full block, bf16 [R, blocks padded to whole tiles, 128]; zero past a request's last full block."""
+    blocks = max(1, plan.max_length // block_size)
+    padded = -(-blocks // BLOCK_TILE) * BLOCK_TILE
+    means = torch.empty((page_table.shape[0], padded, HEAD_DIM), dtype=torch.bfloat16, device=page_table.device)
+    block_means_kernel.build(block_size // PAGE_TOKENS)(pool.keys, pool.scales, page_table, plan.request_lengths, means)
+    return means
+
+
+def _whole_stages(pages: int) -> int:
+    return -(-pages // routed_scores_kernel.CONSUMERS) * routed_scores_kernel.CONSUMERS
+
+
+def _slices(count: int, bytes_each: int, multiple: int = 1):
+    """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit."""
+    step = max(1, SCRATCH_BYTES // max(1, bytes_each))
+    if step > multiple:
+        step -= step % multiple
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,15 @@
+"""What every TileLang kernel is compiled for, and the page geometry it reads."""
+
+import tilelang
+
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+# Indices are clamped where they can leave their tensor, so the guards TileLang would add cost without protecting.
+# Warp specialisation is written by hand or not wanted: TileLang 0.1.12's own pass miscompiles patterns used here.
+PASS_CONFIGS = {
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+    tilelang.PassConfigKey.TL_DISABLE_WARP_SPECIALIZED: True,
+}
+FP8 = "float8_e4m3fn"
+HEAD_DIM = 128
+PAGE_TOKENS = 64
+WARP_KEYS = 16  # keys one warp holds of a wgmma tile: 64 per warpgroup, four warps

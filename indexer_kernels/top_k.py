@@ -1,0 +1,36 @@
+"""The last step of every mode: the K best columns of each row, written as positions or as cache slots."""
+
+from typing import Protocol
+
+import torch
+
+PAGE_TOKENS = 64
+
+
+class TopK(Protocol):
+    """A top-k kernel. The plugin hands in SGLang's; alone, `torch_top_k` serves.
+
+    scores [M, C] f32 (unit column stride, row stride a multiple of 4), lengths [M] int32: row m owns columns [0, lengths[m]).
+    out [M, K] int32 receives min(lengths[m], K) distinct entries, then -1. Column i is written as
+    page_table[m, i // 64] * 64 + i % 64, or as i when page_table [M, >= C / 64] int32 is None.
+    """
+
+    def __call__(
+        self, scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+    ) -> None: ...
+
+
+def torch_top_k(
+    scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """`TopK` with torch.topk: any device, any K; ties are cut wherever torch cuts them."""
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    visible = columns < lengths[:, None]
+    num = min(out.shape[1], scores.shape[1])
+    chosen = scores.masked_fill(~visible, float("-inf")).topk(num, dim=1, sorted=True).indices
+    found = torch.arange(num, device=scores.device) < lengths[:, None]
+    if page_table is not None:
+        pages = page_table.gather(1, (chosen // PAGE_TOKENS).clamp_max(page_table.shape[1] - 1))
+        chosen = pages.long() * PAGE_TOKENS + chosen % PAGE_TOKENS
+    out.fill_(-1)
+    out[:, :num] = torch.where(found, chosen, -1).to(torch.int32)
