@@ -1,4 +1,6 @@
-"""Which request each query row belongs to and how many of its tokens it sees: built once per forward, shared by all layers."""
+"""Which request each query row belongs to and how many of its tokens it sees: built once per forward, shared by all
+layers.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ class RowPlan:
     row_request [M] int32   page-table row of each query row
     row_lengths [M] int32   tokens each row sees, its own included; 0: none
     request_lengths [R] int32  tokens the request's longest row sees (0 for a request without rows)
-    max_length              host bound on row_lengths (exact unless planned from device lengths: then the page table's reach)
+    max_length              host bound on row_lengths (exact unless planned from device lengths: then the page table's
+    reach)
     tile_request [T] int32  page-table row of each tile of at most TILE_ROWS consecutive rows (longest tiles first)
     tile_rows [T, 16] int32 the rows of each tile, filled from the front, then -1
     tile_length [T] int32   tokens the tile's longest row sees
@@ -45,8 +48,8 @@ def plan_rows(
 ) -> RowPlan:
     """Plan for any rows, from host values: row m belongs to request row_request[m] and sees row_lengths[m] tokens.
 
-    Both are int64 [M] on the CPU. One small upload, no device read. Rows of a request should be consecutive: a tile ends
-    where the request changes.
+    Both are int64 [M] on the CPU. One small upload, no device read. Rows of a request should be consecutive: a tile
+    ends where the request changes.
     """
     num_rows = row_request.shape[0]
     row = torch.arange(num_rows)
@@ -101,7 +104,8 @@ def _upload_together(parts: list[torch.Tensor], device: torch.device | str) -> l
 def plan_extend(
     prefix_lengths: Sequence[int], extend_lengths: Sequence[int], device: torch.device | str = "cpu"
 ) -> RowPlan:
-    """Plan for prefill: request r brings extend_lengths[r] consecutive rows; its row i sees prefix_lengths[r] + i + 1 tokens.
+    """Plan for prefill: request r brings extend_lengths[r] consecutive rows; its row i sees prefix_lengths[r] + i + 1
+    tokens.
 
     Raises ValueError for unequal counts or negative lengths.
     """

@@ -10,8 +10,8 @@ PAGE_TOKENS = 64
 class TopK(Protocol):
     """A top-k kernel. The plugin hands in SGLang's; alone, `torch_top_k` serves.
 
-    scores [M, C] f32 (unit column stride, row stride a multiple of 4), lengths [M] int32: row m owns columns [0, lengths[m]).
-    out [M, K] int32 receives min(lengths[m], K) distinct entries, then -1. Column i is written as
+    scores [M, C] f32 (unit column stride, row stride a multiple of 4), lengths [M] int32: row m owns columns [0,
+    lengths[m]). out [M, K] int32 receives min(lengths[m], K) distinct entries, then -1. Column i is written as
     page_table[m, i // 64] * 64 + i % 64, or as i when page_table [M, >= C / 64] int32 is None.
     """
 

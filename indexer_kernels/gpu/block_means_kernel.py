@@ -13,7 +13,8 @@ THREADS = 128
 def block_means_prim_func(block_pages: int):
     """means[r, b] = 1 / (64 block_pages) * sum over the block's tokens of key * scale; zero past the last full block.
 
-    Summed in float32, one page after the other, so a mean does not depend on which call computed it; stored as bfloat16.
+    Summed in float32, one page after the other, so a mean does not depend on which call computed it; stored as
+    bfloat16.
     """
     num_requests, table_width, pool_pages = T.dynamic("num_requests"), T.dynamic("table_width"), T.dynamic("pool_pages")
     num_blocks = T.dynamic("num_blocks")

@@ -1,4 +1,6 @@
-"""TileLang body of block scores. One CTA scores two (H=64) or four (H=32) rows of a tile against its share of the block means."""
+"""TileLang body of block scores. One CTA scores two (H=64) or four (H=32) rows of a tile against its share of the
+block means.
+"""
 
 import functools
 
@@ -13,10 +15,11 @@ TILE_BLOCKS = 128
 
 
 def block_score_prim_func(num_heads: int, block_size: int):
-    """t[m, b] = sum_h w[m, h] * relu(q[m, h] . mean[b]), rows in tile order; only tiles of blocks that some row has in full.
+    """t[m, b] = sum_h w[m, h] * relu(q[m, h] . mean[b]), rows in tile order; only tiles of blocks that some row has
+    in full.
 
-    splits CTAs share the block tiles of a row pair: one for prefill, more where there are too few rows to fill the chip.
-    Tiles whose rows see at most covered_length tokens are skipped: their selection needs no scores.
+    splits CTAs share the block tiles of a row pair: one for prefill, more where there are too few rows to fill the
+    chip. Tiles whose rows see at most covered_length tokens are skipped: their selection needs no scores.
     """
     product_rows = 128 // num_heads
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
@@ -46,7 +49,10 @@ def block_score_prim_func(num_heads: int, block_size: int):
                 needed = T.min(T.ceildiv(tile_length[tile] // block_size, TILE_BLOCKS), block_tiles)
                 for i, d in T.Parallel(128, HEAD_DIM):
                     q_shared[i, d] = T.cast(
-                        q[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads, d],
+                        q[
+                            T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads,
+                            d,
+                        ],
                         "bfloat16",
                     )
                 for i in T.Parallel(128):
@@ -77,5 +83,8 @@ def block_score_prim_func(num_heads: int, block_size: int):
 def build(num_heads: int, block_size: int):
     """Compiled once per model shape and block size, whatever the batch."""
     return tilelang.compile(
-        block_score_prim_func(num_heads, block_size), target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS
+        block_score_prim_func(num_heads, block_size),
+        target=TARGET,
+        execution_backend="tvm_ffi",
+        pass_configs=PASS_CONFIGS,
     )

@@ -13,7 +13,8 @@ TILE_BLOCKS = 128
 
 
 def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
-    """r[m, h] = |w[m, h]| * sum over the row's full blocks of relu(q[m, h] . mean[b]); heads[m] = the active_heads largest.
+    """r[m, h] = |w[m, h]| * sum over the row's full blocks of relu(q[m, h] . mean[b]); heads[m] = the active_heads
+    largest.
 
     Rank counting, not sorting: a head's slot is the number of heads with a larger r, or an equal r and a lower index.
     """
@@ -48,7 +49,10 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
                     most = T.max(most, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
                 for i, d in T.Parallel(128, HEAD_DIM):
                     q_shared[i, d] = T.cast(
-                        q[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads, d],
+                        q[
+                            T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads,
+                            d,
+                        ],
                         "bfloat16",
                     )
                 T.clear(routing)

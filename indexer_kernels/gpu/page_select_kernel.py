@@ -1,7 +1,8 @@
-"""Triton kernel that turns unit scores into a row's compacted page table. One program chooses the candidate pages of one row.
+"""Triton kernel that turns unit scores into a row's compacted page table. One program chooses the candidate pages of
+one row.
 
-A unit is a page (misa_rerank) or a block of pages (hisa). The chosen pages come out ascending, the row's partial last page
-last, so that DeepGEMM's paged logits and a paged top-k read the table as if it were an ordinary request.
+A unit is a page (misa_rerank) or a block of pages (hisa). The chosen pages come out ascending, the row's partial last
+page last, so that DeepGEMM's paged logits and a paged top-k read the table as if it were an ordinary request.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,18 @@ from indexer_kernels.gpu.target import PAGE_TOKENS
 # Units a program holds at once, by the reach of the page table: a handful of variants, not one per length.
 CAPACITIES = (2048, 4096, 8192)
 NUM_WARPS = {2048: 8, 4096: 16, 8192: 32}
-DYNAMIC = ["scores", "score_stride", "rows", "lengths", "request", "page_table", "table_width", "physical", "logical", "counts"]
+DYNAMIC = [
+    "scores",
+    "score_stride",
+    "rows",
+    "lengths",
+    "request",
+    "page_table",
+    "table_width",
+    "physical",
+    "logical",
+    "counts",
+]
 
 
 @triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=DYNAMIC)
@@ -118,9 +130,9 @@ def page_select(
 ) -> None:
     """Choose the candidate pages of the rows in `rows` ([places] int32, -1: none) from the unit scores of their places.
 
-    scores [places, >= values * units] f32: a unit's score is the largest of its `values` entries. The first unit and the
-    units that cover the last local_tokens are always in; the rest of the budget goes to the best full units, ties to the
-    lower one. A row whose units fit the budget keeps them all, and its scores are not read.
+    scores [places, >= values * units] f32: a unit's score is the largest of its `values` entries. The first unit and
+    the units that cover the last local_tokens are always in; the rest of the budget goes to the best full units, ties
+    to the lower one. A row whose units fit the budget keeps them all, and its scores are not read.
     """
     slots = candidates.physical.shape[1]
     if rows.shape[0] == 0:
@@ -150,9 +162,7 @@ def capacity_for(max_units: int) -> int:
     for capacity in CAPACITIES:
         if max_units <= capacity:
             return capacity
-    raise ValueError(
-        f"max_units={max_units} must be at most {CAPACITIES[-1]} ({CAPACITIES[-1] * PAGE_TOKENS} tokens in units of a page)"
-    )
+    raise ValueError(f"max_units={max_units} must be at most {CAPACITIES[-1]}")
 
 
 def compile_for(budget: int, unit_pages: int, values: int, local_tokens: int, capacity: int):

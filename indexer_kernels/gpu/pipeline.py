@@ -1,9 +1,14 @@
-"""The modes on an sm_90a GPU: which kernels run in which order. Same results in every layout, because there is one layout: pages."""
+"""The modes on an sm_90a GPU: which kernels run in which order. Same results in every layout, because there is one
+layout: pages.
+"""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from indexer_kernels.page_layout import pack_pages
+from indexer_kernels.params import IndexerParams
 
 from indexer_kernels.gpu import (
     block_means_kernel,
@@ -13,10 +18,8 @@ from indexer_kernels.gpu import (
     routed_scores_kernel,
 )
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
-from indexer_kernels.gpu.page_select_kernel import CAPACITIES, empty_candidates, page_select
-from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
-from indexer_kernels.page_layout import pack_pages
-from indexer_kernels.params import IndexerParams
+from indexer_kernels.gpu.page_select_kernel import CAPACITIES, Candidates, empty_candidates, page_select
+from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
 from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_rows
 from indexer_kernels.top_k import TopK, torch_top_k
 
@@ -24,6 +27,24 @@ HEADS = (32, 64)
 # Scores held at once. Rows are taken in slices that fit, so no context length can exhaust the device.
 SCRATCH_BYTES = 5 << 28
 BLOCK_TILE = head_route_kernel.TILE_BLOCKS
+
+
+class Work(NamedTuple):
+    """What every step of one call reads: q [M, H, 128], weights [M, H], the pool, its page table, the plan, the
+    settings.
+
+    top_k writes the chosen tokens of a row to out [M, top_k]: as cache slots where slots is set, else as positions.
+    """
+
+    q: torch.Tensor
+    weights: torch.Tensor
+    pool: "Pool"
+    page_table: torch.Tensor
+    plan: RowPlan
+    params: IndexerParams
+    slots: bool
+    top_k: TopK
+    out: torch.Tensor
 
 
 class Pool(NamedTuple):
@@ -53,7 +74,7 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
         if params.active_heads not in (4, 8, 16):
             return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
         if params.route_block > params.top_k:
-            return f"route_block={params.route_block} above top_k={params.top_k}: rows without a full block need native scores"
+            return f"route_block={params.route_block} above top_k={params.top_k}: rows without a block need native"
     if mode == "misa_rerank" and params.candidate_unit == "token":
         return "candidate_unit='token' has no gpu kernels yet, use 'page' or 'auto'"
     return None
@@ -90,8 +111,10 @@ def select_rows(
     pool = Pool(
         k_pages, k_pages.view(torch.float8_e4m3fn).view(-1, HEAD_DIM), k_pages.view(torch.float32).view(-1, PAGE_TOKENS)
     )
-    run = {"native": _native, "misa": _misa, "misa_rerank": _misa_rerank, "hisa": _hisa}[mode]
-    run(q, weights, pool, page_table, plan, params, output, top_k_kernel or torch_top_k, out[:num_rows])
+    work = Work(
+        q, weights, pool, page_table, plan, params, output == "slot", top_k_kernel or torch_top_k, out[:num_rows]
+    )
+    {"native": _native, "misa": _misa, "misa_rerank": _misa_rerank, "hisa": _hisa}[mode](work)
     return out
 
 
@@ -105,7 +128,9 @@ def select_ragged(
     ke: torch.Tensor,
     params: IndexerParams,
 ) -> torch.Tensor:
-    """`indexer_kernels.select_ragged` on the GPU. Packs each request's keys into pages (fp8, one copy) and reads ks, ke back."""
+    """`indexer_kernels.select_ragged` on the GPU. Packs each request's keys into pages (fp8, one copy) and reads ks,
+    ke back.
+    """
     host_ks, host_ke = torch.stack([ks, ke]).cpu().long()
     starts, row_request = torch.unique(host_ks, return_inverse=True)
     plan = plan_rows(row_request, (host_ke - host_ks).clamp_min(0), len(starts), q.device)
@@ -119,151 +144,180 @@ def select_ragged(
     return select_rows(mode, q, weights, torch.cat(pieces), table.to(q.device, torch.int32), plan, params)
 
 
-def _native(q, weights, pool, page_table, plan, params, output, top_k, out):
+def _native(work: Work) -> None:
     """All heads over every page of the row's own table."""
-    width = min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS))
+    plan, width = work.plan, _table_pages(work)
     for rows in _slices(plan.num_rows, width * PAGE_TOKENS * 4):
-        table = page_table[plan.row_request[rows].long(), :width]
         lengths = plan.row_lengths[rows]
         # Past a row's end the table is garbage; DeepGEMM fetches pages in groups, so point there at the last page.
         last = ((lengths + PAGE_TOKENS - 1) // PAGE_TOKENS - 1).clamp_min(0)
-        column = torch.minimum(torch.arange(width, device=q.device), last[:, None])
-        table = table.gather(1, column)
-        scores = paged_logits(q[rows], weights[rows], pool.pages, table, lengths.clamp_min(1))
-        top_k(scores, lengths, table if output == "slot" else None, out[rows])
+        column = torch.minimum(torch.arange(width, device=last.device), last[:, None])
+        table = work.page_table[plan.row_request[rows].long(), :width].gather(1, column)
+        scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, table, lengths.clamp_min(1))
+        work.top_k(scores, lengths, table if work.slots else None, work.out[rows])
+        del scores  # before the next slice is allocated
 
 
-def _misa(q, weights, pool, page_table, plan, params, output, top_k, out):
+def _misa(work: Work) -> None:
     """Routed heads over every page; the best top_k of their scores."""
-    packed_q, gate = _route(q, weights, pool, page_table, plan, params)
-    width = _whole_stages(min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS)))
-    place_out = torch.empty((plan.num_tiles * TILE_ROWS, params.top_k), dtype=torch.int32, device=q.device)
-    tile_lengths = torch.where(plan.tile_rows >= 0, plan.row_lengths[plan.tile_rows.clamp_min(0).long()], 0)
-    tile_pages = (plan.tile_length + PAGE_TOKENS - 1) // PAGE_TOKENS
-    for tiles in _slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, _num_sms(q.device)):
-        places = slice(tiles.start * TILE_ROWS, tiles.stop * TILE_ROWS)
-        scores = _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, PAGE_TOKENS)
+    plan = work.plan
+    routed = _route(work)
+    width = _whole_stages(_table_pages(work), work.params.active_heads)
+    place_out = torch.empty((plan.num_tiles * TILE_ROWS, work.params.top_k), dtype=torch.int32, device=work.q.device)
+    place_lengths = torch.where(plan.tile_rows >= 0, plan.row_lengths[plan.tile_rows.clamp_min(0).long()], 0)
+    tile_pages = _pages(plan.tile_length)
+    for tiles in _slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, _num_sms(work.q.device)):
+        scores = _routed_scan(work, routed, tile_pages, tiles, width, PAGE_TOKENS)
         table = None
-        if output == "slot":
-            table = page_table[plan.tile_request[tiles].long()].repeat_interleave(TILE_ROWS, dim=0)
-        top_k(scores, tile_lengths[tiles].flatten(), table, place_out[places])
-    torch.index_select(place_out, 0, plan.row_place, out=out)
+        if work.slots:
+            table = work.page_table[plan.tile_request[tiles].long()].repeat_interleave(TILE_ROWS, dim=0)
+        places = slice(tiles.start * TILE_ROWS, tiles.stop * TILE_ROWS)
+        work.top_k(scores, place_lengths[tiles].flatten(), table, place_out[places])
+        del scores  # before the next slice is allocated
+    torch.index_select(place_out, 0, plan.row_place, out=work.out)
 
 
-def _misa_rerank(q, weights, pool, page_table, plan, params, output, top_k, out):
+def _misa_rerank(work: Work) -> None:
     """Routed heads choose pages by their best token; all heads re-rank the tokens of those pages."""
-    budget = params.candidates // PAGE_TOKENS
-    packed_q, gate = _route(q, weights, pool, page_table, plan, params)
-    width = _whole_stages(min(page_table.shape[1], -(-plan.max_length // PAGE_TOKENS)))
-    values = PAGE_TOKENS // routed_scores_kernel.WARP_KEYS
+    plan, budget = work.plan, work.params.candidates // PAGE_TOKENS
+    routed = _route(work)
+    width = _whole_stages(_table_pages(work), work.params.active_heads)
+    values = PAGE_TOKENS // WARP_KEYS
     # A tile whose rows all fit the budget keeps every page: nothing to scan.
-    pages = (plan.tile_length + PAGE_TOKENS - 1) // PAGE_TOKENS
+    pages = _pages(plan.tile_length)
     tile_pages = torch.where(pages > budget, pages, 0)
-    chosen = empty_candidates(plan.num_rows, budget, q.device)
-    for tiles in _slices(plan.num_tiles, width * values * 4 * TILE_ROWS, _num_sms(q.device)):
-        scores = _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, values)
-        _choose_pages(scores, plan, tiles, page_table, chosen, 1, values, params)
-    _rerank(q, weights, pool, plan, chosen, output, top_k, out)
+    chosen = empty_candidates(plan.num_rows, budget, work.q.device)
+    for tiles in _slices(plan.num_tiles, width * values * 4 * TILE_ROWS, _num_sms(work.q.device)):
+        scores = _routed_scan(work, routed, tile_pages, tiles, width, values)
+        _choose_pages(work, scores, tiles, chosen, 1, values)
+        del scores  # before the next slice is allocated
+    _rerank(work, chosen)
 
 
-def _hisa(q, weights, pool, page_table, plan, params, output, top_k, out):
+def _hisa(work: Work) -> None:
     """All heads score block means and choose blocks; all heads score the tokens of those blocks."""
+    plan, params = work.plan, work.params
     unit_pages = params.block_size // PAGE_TOKENS
-    means = _block_means(pool, page_table, plan, params.block_size)
-    block_tiles = means.shape[1] // BLOCK_TILE
+    means = _block_means(work, params.block_size)
     # With few rows the block tiles are shared out, so that decode fills the chip too.
-    splits = min(block_tiles, max(1, _num_sms(q.device) // max(1, plan.num_tiles)))
-    scores = torch.empty((plan.num_tiles * TILE_ROWS, means.shape[1]), dtype=torch.float32, device=q.device)
-    block_score_kernel.build(q.shape[1], params.block_size)(
-        q.view(-1, HEAD_DIM),
-        weights,
+    splits = min(means.shape[1] // BLOCK_TILE, max(1, _num_sms(work.q.device) // plan.num_tiles))
+    scores = torch.empty((plan.num_tiles * TILE_ROWS, means.shape[1]), dtype=torch.float32, device=work.q.device)
+    block_score_kernel.build(work.q.shape[1], params.block_size)(
+        work.q.view(-1, HEAD_DIM),
+        work.weights,
         means,
         plan.tile_request,
         plan.tile_rows,
         plan.tile_length,
-        torch.arange(splits, dtype=torch.int32, device=q.device),
+        torch.arange(splits, dtype=torch.int32, device=work.q.device),
         scores,
         params.top_blocks * params.block_size,
     )
-    chosen = empty_candidates(plan.num_rows, params.top_blocks * unit_pages, q.device)
-    _choose_pages(scores, plan, slice(0, plan.num_tiles), page_table, chosen, unit_pages, 1, params)
-    _rerank(q, weights, pool, plan, chosen, output, top_k, out)
+    chosen = empty_candidates(plan.num_rows, params.top_blocks * unit_pages, work.q.device)
+    _choose_pages(work, scores, slice(0, plan.num_tiles), chosen, unit_pages, 1)
+    _rerank(work, chosen)
 
 
-def _choose_pages(scores, plan, tiles, page_table, chosen, unit_pages, values, params):
-    rows = plan.tile_rows[tiles].flatten()
+def _choose_pages(
+    work: Work, scores: torch.Tensor, tiles: slice, chosen: Candidates, unit_pages: int, values: int
+) -> None:
     page_select(
         scores,
-        rows,
-        plan.row_lengths,
-        plan.row_request,
-        page_table,
+        work.plan.tile_rows[tiles].flatten(),
+        work.plan.row_lengths,
+        work.plan.row_request,
+        work.page_table,
         chosen,
-        plan.max_length,
+        work.plan.max_length,
         unit_pages,
         values,
-        params.local_tokens,
+        work.params.local_tokens,
     )
 
 
-def _rerank(q, weights, pool, plan, chosen, output, top_k, out):
+def _rerank(work: Work, chosen: Candidates) -> None:
     """All heads over the candidate pages of each row; the best top_k of their tokens."""
-    physical, logical, counts = chosen
-    table = physical if output == "slot" else logical
-    for rows in _slices(plan.num_rows, physical.shape[1] * PAGE_TOKENS * 4):
-        scores = paged_logits(q[rows], weights[rows], pool.pages, physical[rows], counts[rows].clamp_min(1))
-        top_k(scores, counts[rows], table[rows], out[rows])
+    table = chosen.physical if work.slots else chosen.logical
+    for rows in _slices(work.plan.num_rows, table.shape[1] * PAGE_TOKENS * 4):
+        counts, pages = chosen.counts[rows], chosen.physical[rows]
+        scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, pages, counts.clamp_min(1))
+        work.top_k(scores, counts, table[rows], work.out[rows])
+        del scores  # before the next slice is allocated
 
 
-def _route(q, weights, pool, page_table, plan, params):
-    """The routed heads of each row, laid out for the scan."""
-    num_heads = q.shape[1]
-    means = _block_means(pool, page_table, plan, params.route_block)
-    heads = torch.empty((plan.num_rows, params.active_heads), dtype=torch.int32, device=q.device)
-    flat_q = q.view(-1, HEAD_DIM)
+class Routed(NamedTuple):
+    """The routed heads laid out for the scan: q [tiles * 16 * A, 128] fp8, gate [tiles * 16 * A] f32."""
+
+    q: torch.Tensor
+    gate: torch.Tensor
+
+
+def _route(work: Work) -> Routed:
+    plan, params, num_heads = work.plan, work.params, work.q.shape[1]
+    means = _block_means(work, params.route_block)
+    heads = torch.empty((plan.num_rows, params.active_heads), dtype=torch.int32, device=work.q.device)
+    flat_q = work.q.view(-1, HEAD_DIM)
     head_route_kernel.build(num_heads, params.active_heads, params.route_block)(
-        flat_q, weights, means, plan.row_lengths, plan.tile_request, plan.tile_rows, heads
+        flat_q, work.weights, means, plan.row_lengths, plan.tile_request, plan.tile_rows, heads
     )
     columns = plan.num_tiles * TILE_ROWS * params.active_heads
-    packed_q = torch.empty((columns, HEAD_DIM), dtype=q.dtype, device=q.device)
-    gate = torch.empty((columns,), dtype=torch.float32, device=q.device)
-    routed_pack_kernel.build(num_heads, params.active_heads)(flat_q, weights, heads, plan.tile_rows, packed_q, gate)
-    return packed_q, gate
+    routed = Routed(flat_q.new_empty((columns, HEAD_DIM)), work.weights.new_empty(columns))
+    routed_pack_kernel.build(num_heads, params.active_heads)(flat_q, work.weights, heads, plan.tile_rows, *routed)
+    return routed
 
 
-def _routed_scan(packed_q, gate, pool, page_table, plan, params, tile_pages, tiles, width, values) -> torch.Tensor:
-    """Scores of the tiles in `tiles`, [tiles * 16, width * values] f32: 64 values a page, or 4 maxima of 16 tokens each."""
-    num_tiles = tiles.stop - tiles.start
-    columns = TILE_ROWS * params.active_heads
-    scores = torch.empty((num_tiles * TILE_ROWS, width * values), dtype=torch.float32, device=packed_q.device)
+def _routed_scan(
+    work: Work, routed: Routed, tile_pages: torch.Tensor, tiles: slice, width: int, values: int
+) -> torch.Tensor:
+    """Scores of the tiles in `tiles`, [tiles * 16, width * values] f32: 64 values a page, or 4 maxima of 16 tokens
+    each.
+    """
+    num_tiles, active_heads = tiles.stop - tiles.start, work.params.active_heads
+    columns = TILE_ROWS * active_heads
+    scores = torch.empty((num_tiles * TILE_ROWS, width * values), dtype=torch.float32, device=work.q.device)
     packed = slice(tiles.start * columns, tiles.stop * columns)
-    routed_scores_kernel.build(params.active_heads, values < PAGE_TOKENS, _num_sms(packed_q.device))(
-        packed_q[packed],
-        gate[packed].view(-1, params.active_heads, routed_scores_kernel.GROUP_ROWS),
-        pool.keys,
-        pool.scales,
-        page_table,
-        plan.tile_request[tiles],
+    routed_scores_kernel.build(active_heads, values < PAGE_TOKENS, _num_sms(work.q.device))(
+        routed.q[packed],
+        routed.gate[packed].view(-1, active_heads, routed_scores_kernel.GROUP_ROWS),
+        work.pool.keys,
+        work.pool.scales,
+        work.page_table,
+        work.plan.tile_request[tiles],
         tile_pages[tiles],
         scores,
     )
     return scores
 
 
-def _block_means(pool, page_table, plan, block_size) -> torch.Tensor:
-    """Mean keys of every full block, bf16 [R, blocks padded to whole tiles, 128]; zero past a request's last full block."""
-    blocks = max(1, plan.max_length // block_size)
+def _block_means(work: Work, block_size: int) -> torch.Tensor:
+    """Mean keys of every full block, bf16 [R, blocks padded to whole tiles, 128]; zero past a request's last full
+    block.
+    """
+    blocks = max(1, work.plan.max_length // block_size)
     padded = -(-blocks // BLOCK_TILE) * BLOCK_TILE
-    means = torch.empty((page_table.shape[0], padded, HEAD_DIM), dtype=torch.bfloat16, device=page_table.device)
-    block_means_kernel.build(block_size // PAGE_TOKENS)(pool.keys, pool.scales, page_table, plan.request_lengths, means)
+    shape = (work.page_table.shape[0], padded, HEAD_DIM)
+    means = torch.empty(shape, dtype=torch.bfloat16, device=work.q.device)
+    block_means_kernel.build(block_size // PAGE_TOKENS)(
+        work.pool.keys, work.pool.scales, work.page_table, work.plan.request_lengths, means
+    )
     return means
 
 
-def _whole_stages(pages: int) -> int:
-    return -(-pages // routed_scores_kernel.CONSUMERS) * routed_scores_kernel.CONSUMERS
+def _pages(lengths: torch.Tensor) -> torch.Tensor:
+    return (lengths + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
-def _slices(count: int, bytes_each: int, multiple: int = 1):
+def _table_pages(work: Work) -> int:
+    """Pages of the page table that some row may see."""
+    return min(work.page_table.shape[1], -(-work.plan.max_length // PAGE_TOKENS))
+
+
+def _whole_stages(pages: int, active_heads: int) -> int:
+    stage = routed_scores_kernel.stage_pages(active_heads)
+    return -(-pages // stage) * stage
+
+
+def _slices(count: int, bytes_each: int, multiple: int = 1) -> Iterator[slice]:
     """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit."""
     step = max(1, SCRATCH_BYTES // max(1, bytes_each))
     if step > multiple:

@@ -14,7 +14,9 @@ GROUPS = TILE_ROWS // GROUP_ROWS
 
 
 def routed_pack_prim_func(num_heads: int, active_heads: int):
-    """packed_q[tile, g, a, c] = q[row, heads[row, a]] with row = tile_rows[tile, 8 g + c]; gates likewise, 0 for no row."""
+    """packed_q[tile, g, a, c] = q[row, heads[row, a]] with row = tile_rows[tile, 8 g + c]; gates likewise, 0 for no
+    row.
+    """
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
     columns = TILE_ROWS * active_heads
 
@@ -54,5 +56,8 @@ def routed_pack_prim_func(num_heads: int, active_heads: int):
 def build(num_heads: int, active_heads: int):
     """Compiled once per model shape and active head count, whatever the batch."""
     return tilelang.compile(
-        routed_pack_prim_func(num_heads, active_heads), target=TARGET, execution_backend="tvm_ffi", pass_configs=PASS_CONFIGS
+        routed_pack_prim_func(num_heads, active_heads),
+        target=TARGET,
+        execution_backend="tvm_ffi",
+        pass_configs=PASS_CONFIGS,
     )

@@ -1,8 +1,9 @@
 """TileLang body of the routed scan: every visible token against the few routed heads of its row, in fp8.
 
 A persistent CTA takes tiles of 16 rows of one request. One producer warp streams the request's pages through a ring of
-shared-memory stages by TMA; each consumer warpgroup owns one page of a stage (64 keys are the A operand of its wgmma). The 8
-rows of a group sit innermost in the columns, (group, head, row), so the sum over heads never leaves a thread.
+shared-memory stages by TMA; each consumer warpgroup owns one page of a stage (64 keys are the A operand of its
+wgmma). The 8 rows of a group sit innermost in the columns, (group, head, row), so the sum over heads never leaves a
+thread.
 """
 
 import functools
@@ -15,14 +16,24 @@ from indexer_kernels.row_plan import TILE_ROWS
 
 GROUP_ROWS = 8
 GROUPS = TILE_ROWS // GROUP_ROWS
-CONSUMERS = 3  # pages per stage; three warpgroups hide each other's epilogues better than two, four would spill
 STAGES = 4
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 160
+PRODUCER_REGISTERS = 24
+
+
+def stage_pages(active_heads: int) -> int:
+    """Pages per stage, one for each consumer warpgroup.
+
+    Three hide each other's epilogues better than two, four would spill; with 16 heads the accumulators leave room for
+    two.
+    """
+    return 2 if active_heads > 8 else 3
 
 
 def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
     """The prim_func; page_maxima keeps the best score of 16 keys (four values a page) instead of every score."""
-    stage_keys = CONSUMERS * PAGE_TOKENS
+    consumers = stage_pages(active_heads)
+    consumer_registers = 240 if consumers == 2 else 160
+    stage_keys = consumers * PAGE_TOKENS
     columns = GROUPS * active_heads * GROUP_ROWS
     stage_out = stage_keys // WARP_KEYS if page_maxima else stage_keys
     num_tiles, pool_pages = T.dynamic("num_tiles"), T.dynamic("pool_pages")
@@ -39,7 +50,7 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
         tile_pages: T.Tensor((num_tiles,), "int32"),
         out: T.Tensor((num_tiles * TILE_ROWS, out_stages * stage_out), "float32"),
     ):
-        with T.Kernel(num_sms, threads=(CONSUMERS + 1) * 128) as sm:
+        with T.Kernel(num_sms, threads=(consumers + 1) * 128) as sm:
             q_shared = T.alloc_shared((columns, HEAD_DIM), FP8)
             k_shared = T.alloc_shared((STAGES, stage_keys, HEAD_DIM), FP8)
             product = T.alloc_fragment((stage_keys, columns), "float32")
@@ -50,8 +61,8 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
             gate = T.alloc_fragment((GROUPS, active_heads, GROUP_ROWS), "float32")
             k_scale = T.alloc_fragment((stage_keys,), "float32")
             full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([CONSUMERS * 128] * STAGES)
-            q_full, q_empty = T.alloc_barrier(1), T.alloc_barrier(CONSUMERS * 128)
+            empty = T.alloc_barrier([consumers * 128] * STAGES)
+            q_full, q_empty = T.alloc_barrier(1), T.alloc_barrier(consumers * 128)
             produced, consumed = T.alloc_var("int32"), T.alloc_var("int32")
             loaded, used = T.alloc_var("int32"), T.alloc_var("int32")
             request, pages, page = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
@@ -60,9 +71,9 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
             loaded = 0
             used = 0
             thread = T.get_thread_binding()
-            if thread >= CONSUMERS * 128:
+            if thread >= consumers * 128:
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
-                if thread < CONSUMERS * 128 + 32:
+                if thread < consumers * 128 + 32:
                     for wave in T.serial(T.ceildiv(num_tiles, num_sms)):
                         if wave * num_sms + sm < num_tiles:
                             pages = tile_pages[wave * num_sms + sm]
@@ -70,19 +81,24 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                             if pages > 0:
                                 T.barrier_wait(q_empty, (loaded & 1) ^ 1)
                                 T.tma_copy(
-                                    q[(wave * num_sms + sm) * columns, 0], q_shared, barrier=q_full, leader_scope_threads=32
+                                    q[(wave * num_sms + sm) * columns, 0],
+                                    q_shared,
+                                    barrier=q_full,
+                                    leader_scope_threads=32,
                                 )
                                 if T.shuffle_elect(32):
                                     T.barrier_arrive(q_full)
                                 loaded = loaded + 1
-                                for n in T.serial(T.ceildiv(pages, CONSUMERS)):
+                                for n in T.serial(T.ceildiv(pages, consumers)):
                                     T.barrier_wait(empty[produced % STAGES], ((produced // STAGES) & 1) ^ 1)
-                                    for c in T.unroll(CONSUMERS, explicit=True):
+                                    for c in T.unroll(consumers, explicit=True):
                                         # The table is garbage past the last page: read that page again instead.
-                                        page = page_table[request, T.min(n * CONSUMERS + c, pages - 1)]
+                                        page = page_table[request, T.min(n * consumers + c, pages - 1)]
                                         T.tma_copy(
                                             keys[page * 66 : page * 66 + PAGE_TOKENS, 0:HEAD_DIM],
-                                            k_shared[produced % STAGES, c * PAGE_TOKENS : (c + 1) * PAGE_TOKENS, 0:HEAD_DIM],
+                                            k_shared[
+                                                produced % STAGES, c * PAGE_TOKENS : (c + 1) * PAGE_TOKENS, 0:HEAD_DIM
+                                            ],
                                             barrier=full[produced % STAGES],
                                             leader_scope_threads=32,
                                         )
@@ -90,7 +106,7 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                                         T.barrier_arrive(full[produced % STAGES])
                                     produced = produced + 1
             else:
-                T.set_max_nreg(CONSUMER_REGISTERS, 1)
+                T.set_max_nreg(consumer_registers, 1)
                 for wave in T.serial(T.ceildiv(num_tiles, num_sms)):
                     if wave * num_sms + sm < num_tiles:
                         pages = tile_pages[wave * num_sms + sm]
@@ -99,11 +115,11 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                             T.copy(weights[(wave * num_sms + sm) * GROUPS, 0, 0], gate)
                             T.barrier_wait(q_full, used & 1)
                             page = page_table[request, T.min(thread // 128, pages - 1)]
-                            for n in T.serial(T.ceildiv(pages, CONSUMERS)):
+                            for n in T.serial(T.ceildiv(pages, consumers)):
                                 for i in T.Parallel(stage_keys):
                                     k_scale[i] = scales[page * 33 + 32, i % PAGE_TOKENS]
                                 # The next page id travels while this page is multiplied.
-                                page = page_table[request, T.min((n + 1) * CONSUMERS + thread // 128, pages - 1)]
+                                page = page_table[request, T.min((n + 1) * consumers + thread // 128, pages - 1)]
                                 T.barrier_wait(full[consumed % STAGES], (consumed // STAGES) & 1)
                                 T.gemm(
                                     k_shared[consumed % STAGES, :, :],
@@ -125,14 +141,14 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                                         score[i, g, c] = score[i, g, c] * k_scale[i]
                                     T.reduce_max(score4, best, dim=1)
                                     for g, c, i in T.Parallel(GROUPS, GROUP_ROWS, stage_out):
-                                        out[(wave * num_sms + sm) * TILE_ROWS + g * GROUP_ROWS + c, n * stage_out + i] = best[
-                                            i, g, c
-                                        ]
+                                        out[
+                                            (wave * num_sms + sm) * TILE_ROWS + g * GROUP_ROWS + c, n * stage_out + i
+                                        ] = best[i, g, c]
                                 else:
                                     for g, c, i in T.Parallel(GROUPS, GROUP_ROWS, stage_keys):
-                                        out[(wave * num_sms + sm) * TILE_ROWS + g * GROUP_ROWS + c, n * stage_keys + i] = (
-                                            score[i, g, c] * k_scale[i]
-                                        )
+                                        out[
+                                            (wave * num_sms + sm) * TILE_ROWS + g * GROUP_ROWS + c, n * stage_keys + i
+                                        ] = score[i, g, c] * k_scale[i]
                                 consumed = consumed + 1
                             used = used + 1
                             T.barrier_arrive(q_empty)

@@ -1,0 +1,177 @@
+"""Selection-stage time of each mode against what SGLang 0.5.23 runs today, in one process, interleaved, medians.
+
+    python scripts/bench_stage.py --json stage.json
+    python scripts/bench_stage.py --rows 2048 --keys 32768 131072 --heads 64 --modes hisa misa_rerank
+
+native is DeepGEMM's fp8_mqa_logits followed by SGLang's ragged top-k (without the key gather SGLang also runs); a
+mode is everything from q, gates and index pages to cache slots. The rows are the last ones of a prompt of KEYS
+tokens. Before anything is timed, each mode must agree with the reference backend on a small case. Needs an sm_90 GPU
+and SGLang.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+import deep_gemm
+import torch
+from indexer_kernels.page_layout import pack_pages
+from run_record import run_record
+from sglang.kernels.ops.attention.dsv4.topk import topk_transform_ragged_v2
+from sglang_ext.sglang_hooks import sglang_top_k
+
+from indexer_kernels import IndexerParams, select_rows
+from indexer_kernels.row_plan import RowPlan, plan_extend
+
+MODES = ("misa", "misa_rerank", "hisa")
+INPUT_SETS = 2  # rotated, so that a repetition does not find its queries in L2
+
+
+class Case:
+    """One prompt's keys in shuffled pages, and the queries of its last rows."""
+
+    def __init__(self, rows: int, keys: int, heads: int, seed: int) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda")
+
+        self.k = normal(keys, 128).to(torch.float8_e4m3fn)
+        self.k_scale = torch.rand(keys, generator=generator, device="cuda") + 0.5
+        self.q = [normal(rows, heads, 128).to(torch.float8_e4m3fn) for _ in range(INPUT_SETS)]
+        self.weights = [normal(rows, heads) * 0.1 for _ in range(INPUT_SETS)]
+        pages = pack_pages(self.k, self.k_scale)
+        order = torch.randperm(len(pages), generator=generator, device="cuda")
+        self.pool = torch.empty_like(pages)
+        self.pool[order] = pages
+        self.page_table = order.to(torch.int32)[None]
+        self.plan: RowPlan = plan_extend([keys - rows], [rows], "cuda")
+        self.ks = torch.zeros(rows, dtype=torch.int32, device="cuda")
+        self.out = torch.empty((rows, 2048), dtype=torch.int32, device="cuda")
+
+    def native(self, turn: int) -> None:
+        logits = deep_gemm.fp8_mqa_logits(
+            self.q[turn], (self.k, self.k_scale), self.weights[turn], self.ks, self.plan.row_lengths, clean_logits=False
+        )
+        topk_transform_ragged_v2(
+            logits, self.plan.row_lengths, out_offsets=self.ks, out_indices=self.out, row_starts=self.ks
+        )
+
+    def mode(
+        self, mode: str, turn: int, params: IndexerParams, backend: str = "gpu", output: str = "slot"
+    ) -> torch.Tensor:
+        return select_rows(
+            mode,
+            self.q[turn],
+            self.weights[turn],
+            self.pool,
+            self.page_table,
+            self.plan,
+            params,
+            backend=backend,
+            output=output,
+            top_k_kernel=sglang_top_k if backend == "gpu" else None,
+            out=self.out,
+        )
+
+
+def agreement(mode: str, heads: int, params: IndexerParams) -> float:
+    """Mean share of the reference backend's selection that the gpu backend found, on 48 rows of a 20000-token prompt."""
+    case = Case(48, 20000, heads, seed=1)
+    small = IndexerParams(**(asdict(params) | {"candidate_unit": "page"}))
+    got = case.mode(mode, 0, small, output="position").clone()
+    want = case.mode(mode, 0, small, backend="reference", output="position")
+    shares = [len(set(g) & set(w)) / len(w) for g, w in zip(got.tolist(), want.tolist())]
+    return statistics.mean(shares)
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def scratch_gib(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def measure(rows: int, keys: int, heads: int, modes: list[str], params: IndexerParams, rounds: int) -> list[dict]:
+    case = Case(rows, keys, heads, seed=2)
+    work = {"native": lambda turn: case.native(turn)}
+    work |= {mode: lambda turn, mode=mode: case.mode(mode, turn, params) for mode in modes}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for step in range(rounds + 3):
+        for name, run in work.items():
+            spent = milliseconds(lambda run=run, step=step: run(step % INPUT_SETS))
+            if step >= 3:
+                times[name].append(spent)
+    native = statistics.median(times["native"])
+    return [
+        {
+            "mode": name,
+            "heads": heads,
+            "rows": rows,
+            "keys": keys,
+            "ms": statistics.median(values),
+            "ms_min": min(values),
+            "ms_max": max(values),
+            "times_native": native / statistics.median(values),
+            "scratch_gib": scratch_gib(lambda run=work[name]: run(0)),
+        }
+        for name, values in times.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--heads", type=int, nargs="+", default=[64, 32], help="indexer heads: 64 DeepSeek-V3.2, 32 GLM-5"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 2048])
+    parser.add_argument("--keys", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the raw results here")
+    args = parser.parse_args()
+    params = IndexerParams()
+    results, checks = [], []
+    for heads in args.heads:
+        for mode in args.modes:
+            share = agreement(mode, heads, params)
+            checks.append({"mode": mode, "heads": heads, "agreement_with_reference": share})
+            if share < 0.995:
+                print(
+                    f"FAIL {mode} H={heads}: finds only {share:.4f} of the reference's tokens; not timed",
+                    file=sys.stderr,
+                )
+                return 1
+        for keys in args.keys:
+            for rows in args.rows:
+                for row in measure(rows, keys, heads, args.modes, params, args.rounds):
+                    results.append(row)
+                    print(
+                        f"H={row['heads']} rows={row['rows']:5d} keys={row['keys']:6d} {row['mode']:12s} "
+                        f"{row['ms']:7.3f} ms  {row['times_native']:5.2f}x  {row['scratch_gib']:.2f} GiB scratch",
+                        flush=True,
+                    )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(
+                {"run": run_record(), "params": asdict(params), "checks": checks, "results": results}, file, indent=1
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

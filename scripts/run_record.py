@@ -1,0 +1,52 @@
+"""What a result needs to be repeated: commit, command, machine, versions."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+
+PACKAGES = ("torch", "triton", "tilelang", "sglang", "sgl-deep-gemm", "sglang-kernel", "flashinfer-python")
+
+
+def run_record() -> dict:
+    """Commit (from git, or COMMIT in the environment where the tree travels without it), command line, GPU and
+    versions.
+    """
+    return {
+        "commit": os.environ.get("COMMIT") or git_commit(),
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "gpu": gpu_name(),
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+    }
+
+
+def git_commit() -> str | None:
+    """HEAD, with `+` where tracked files differ from it; None outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
+
+
+def gpu_name() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,94 @@
+"""Every TileLang and Triton kernel, compiled for sm_90a on a machine without a GPU: no spills, no vanished products."""
+
+import pytest
+
+pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+
+from indexer_kernels.gpu import (
+    block_means_kernel,
+    block_score_kernel,
+    head_route_kernel,
+    page_select_kernel,
+    routed_pack_kernel,
+    routed_scores_kernel,
+)
+from indexer_kernels.gpu.compile_check import H200_SMS, compile_all
+from tests.support.sm90a import compile_sm90a, opcodes_of
+
+# name: (prim_func, matrix instructions it must keep: one per 32 bytes of head dim in fp8, per 16 elements in bf16)
+KERNELS = {
+    "block_means 128": (lambda: block_means_kernel.block_means_prim_func(2), None),
+    "block_means 1024": (lambda: block_means_kernel.block_means_prim_func(16), None),
+    "head_route 64 of 8": (lambda: head_route_kernel.head_route_prim_func(64, 8, 1024), ("HGMMA.64x128x16", 8)),
+    "head_route 32 of 8": (lambda: head_route_kernel.head_route_prim_func(32, 8, 1024), ("HGMMA.64x128x16", 8)),
+    "block_score 64": (lambda: block_score_kernel.block_score_prim_func(64, 128), ("HGMMA.64x128x16", 8)),
+    "block_score 32": (lambda: block_score_kernel.block_score_prim_func(32, 128), ("HGMMA.64x128x16", 8)),
+    "routed_pack": (lambda: routed_pack_kernel.routed_pack_prim_func(64, 8), None),
+    "routed_scores 8 token": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(8, False, H200_SMS),
+        ("QGMMA.64x128x32", 4),
+    ),
+    "routed_scores 8 page": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(8, True, H200_SMS),
+        ("QGMMA.64x128x32", 4),
+    ),
+    "routed_scores 4 page": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(4, True, H200_SMS),
+        ("QGMMA.64x64x32", 4),
+    ),
+    "routed_scores 16 page": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(16, True, H200_SMS),
+        ("QGMMA.64x256x32", 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_spills_and_keeps_its_products(name, tmp_path):
+    prim_func, products = KERNELS[name]
+    kernel = compile_sm90a(prim_func(), tmp_path)
+    assert kernel.spill_bytes == 0, f"{name} spills {kernel.spill_bytes} bytes"
+    assert kernel.count("LDL") == kernel.count("STL") == 0, f"{name} uses local memory"
+    assert "producer_ws" not in kernel.source, "TileLang's own warp specialisation must stay off"
+    if products is None:
+        assert kernel.count("QGMMA") == kernel.count("HGMMA") == 0
+    else:
+        opcode, number = products
+        assert kernel.count(opcode) == number, f"{name}: {kernel.count(opcode)} {opcode}, expected {number}"
+
+
+@pytest.mark.parametrize("capacity", page_select_kernel.CAPACITIES)
+@pytest.mark.parametrize(("budget", "unit_pages", "values"), [(128, 1, 4), (64, 2, 1)])
+def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_path):
+    if capacity * unit_pages > page_select_kernel.CAPACITIES[-1]:
+        pytest.skip("a block never needs the capacity of the longest page list")
+    compiled = page_select_kernel.compile_for(budget, unit_pages, values, 128, capacity)
+    cubin = tmp_path / "page_select.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    opcodes = opcodes_of(cubin)
+    assert sum(opcodes.values()) > 100
+    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills to local memory"
+
+
+def test_runtime_arguments_do_not_specialise():
+    """A batch may change every argument that is not a constexpr; none of them may compile a second variant."""
+    runtime = [p.name for p in page_select_kernel.page_select_kernel.params if not p.is_constexpr]
+    assert runtime == page_select_kernel.DYNAMIC
+    assert all(
+        p.do_not_specialize and p.do_not_specialize_on_alignment
+        for p in page_select_kernel.page_select_kernel.params
+        if not p.is_constexpr
+    )
+
+
+def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
+    def broken(*_args):
+        raise RuntimeError("first line\nlast line")
+
+    for module in (head_route_kernel, block_means_kernel, block_score_kernel, routed_pack_kernel, routed_scores_kernel):
+        monkeypatch.setattr(module, "build", lambda *args: None)
+    monkeypatch.setattr(head_route_kernel, "build", broken)
+    outcome = {name: error for name, error in compile_all()}
+    assert len(outcome) == 9
+    assert outcome.pop("head_route H=64") == "RuntimeError: last line"
+    assert set(outcome.values()) == {None}
