@@ -10,6 +10,7 @@ and SGLang.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -18,13 +19,13 @@ from dataclasses import asdict
 
 import deep_gemm
 import torch
-from indexer_kernels.page_layout import pack_pages
-from run_record import run_record
 from sglang.kernels.ops.attention.dsv4.topk import topk_transform_ragged_v2
-from sglang_ext.sglang_hooks import sglang_top_k
 
 from indexer_kernels import IndexerParams, select_rows
+from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.row_plan import RowPlan, plan_extend
+from run_record import run_record
+from sglang_ext.sglang_hooks import sglang_top_k
 
 MODES = ("misa", "misa_rerank", "hisa")
 INPUT_SETS = 2  # rotated, so that a repetition does not find its queries in L2
@@ -108,12 +109,12 @@ def scratch_gib(work: Callable[[], object]) -> float:
 
 def measure(rows: int, keys: int, heads: int, modes: list[str], params: IndexerParams, rounds: int) -> list[dict]:
     case = Case(rows, keys, heads, seed=2)
-    work = {"native": lambda turn: case.native(turn)}
-    work |= {mode: lambda turn, mode=mode: case.mode(mode, turn, params) for mode in modes}
+    work: dict[str, Callable[[int], object]] = {"native": case.native}
+    work |= {mode: functools.partial(case.mode, mode, params=params) for mode in modes}
     times: dict[str, list[float]] = {name: [] for name in work}
     for step in range(rounds + 3):
         for name, run in work.items():
-            spent = milliseconds(lambda run=run, step=step: run(step % INPUT_SETS))
+            spent = milliseconds(functools.partial(run, step % INPUT_SETS))
             if step >= 3:
                 times[name].append(spent)
     native = statistics.median(times["native"])
@@ -127,7 +128,7 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], params: IndexerP
             "ms_min": min(values),
             "ms_max": max(values),
             "times_native": native / statistics.median(values),
-            "scratch_gib": scratch_gib(lambda run=work[name]: run(0)),
+            "scratch_gib": scratch_gib(functools.partial(work[name], 0)),
         }
         for name, values in times.items()
     ]

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from indexer_kernels.params import IndexerParams
-
 from indexer_kernels.gpu import (
     block_means_kernel,
     block_score_kernel,
@@ -13,6 +11,7 @@ from indexer_kernels.gpu import (
     routed_pack_kernel,
     routed_scores_kernel,
 )
+from indexer_kernels.params import IndexerParams
 
 H200_SMS = 132
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from indexer_kernels.page_layout import pack_pages
-from indexer_kernels.params import IndexerParams
 
 from indexer_kernels.gpu import (
     block_means_kernel,
@@ -20,6 +18,8 @@ from indexer_kernels.gpu import (
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import CAPACITIES, Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
+from indexer_kernels.page_layout import pack_pages
+from indexer_kernels.params import IndexerParams
 from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_rows
 from indexer_kernels.top_k import TopK, torch_top_k
 
@@ -73,11 +73,40 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
     if mode in ("misa", "misa_rerank"):
         if params.active_heads not in (4, 8, 16):
             return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
+        if params.route_block % PAGE_TOKENS:
+            return f"route_block={params.route_block} is not a multiple of {PAGE_TOKENS}"
         if params.route_block > params.top_k:
             return f"route_block={params.route_block} above top_k={params.top_k}: rows without a block need native"
-    if mode == "misa_rerank" and params.candidate_unit == "token":
-        return "candidate_unit='token' has no gpu kernels yet, use 'page' or 'auto'"
+    if mode == "misa_rerank":
+        return _candidates_refusal(params)
+    if mode == "hisa":
+        return _blocks_refusal(params)
     return None
+
+
+def _candidates_refusal(params: IndexerParams) -> str | None:
+    if params.candidate_unit == "token":
+        return "candidate_unit='token' has no gpu kernels yet, use 'page' or 'auto'"
+    if params.page_candidates_floor() < params.top_k:
+        return f"candidates={params.candidates} as whole pages may hold fewer than top_k={params.top_k} tokens"
+    forced = 1 + _covering(params.local_tokens, PAGE_TOKENS)
+    if forced >= params.candidates // PAGE_TOKENS:
+        return f"candidates={params.candidates} leaves no page beside the {forced} forced ones"
+    return None
+
+
+def _blocks_refusal(params: IndexerParams) -> str | None:
+    if params.block_size % PAGE_TOKENS:
+        return f"block_size={params.block_size} is not a multiple of {PAGE_TOKENS}"
+    forced = 1 + _covering(params.local_tokens, params.block_size)
+    if forced >= params.top_blocks:
+        return f"top_blocks={params.top_blocks} leaves no block beside the {forced} forced ones"
+    return None
+
+
+def _covering(tokens: int, unit: int) -> int:
+    """The most units that `tokens` consecutive tokens can touch."""
+    return (tokens - 2) // unit + 2 if tokens > 1 else 1
 
 
 def max_tokens(mode: str) -> int | None:

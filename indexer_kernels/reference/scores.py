@@ -1,0 +1,39 @@
+"""Scores of keys against query heads."""
+
+import torch
+
+
+def token_scores(q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """s[m, n] = k_scale[n] * sum_h weights[m, h] * relu(q[m, h] . k[n])  (DeepSeek-V3.2, the lightning indexer).
+
+    q [M, H, D], weights [M, H], k [N, D], k_scale [N] in any float dtype, computed in float32 -> f32 [M, N]. H may be
+    the model's heads or the few routed ones. A NaN key makes its own column NaN and no other.
+    """
+    keys = k.float()
+    total = torch.zeros((q.shape[0], k.shape[0]), dtype=torch.float32, device=q.device)
+    for head in range(q.shape[1]):
+        total += torch.relu(q[:, head].float() @ keys.T) * weights[:, head, None].float()
+    return total * k_scale.float()
+
+
+def block_means(k: torch.Tensor, k_scale: torch.Tensor, block: int) -> torch.Tensor:
+    """kbar[b] = mean over block b of k[n] * k_scale[n], for the full blocks of one request: f32 [N // block, D].
+
+    k [N, D] and k_scale [N] start at the request's first token, so blocks are aligned to it.
+    """
+    num_blocks = k.shape[0] // block
+    tokens = k[: num_blocks * block].float() * k_scale[: num_blocks * block, None].float()
+    return tokens.view(num_blocks, block, k.shape[1]).mean(dim=1)
+
+
+def block_scores(q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """t[m, b] = sum_h weights[m, h] * relu(q[m, h] . kbar[b]): f32 [M, B] (HISA, arXiv 2603.28458, block-level score)."""
+    return token_scores(q, weights, means, torch.ones(means.shape[0], device=means.device))
+
+
+def page_maxima(scores: torch.Tensor, visible: torch.Tensor, page: int) -> torch.Tensor:
+    """Best visible score of each page of `page` tokens: scores [M, N], visible [M, N] bool -> f32 [M, ceil(N / page)]."""
+    num_rows, num_tokens = scores.shape
+    padded = torch.full((num_rows, -(-num_tokens // page) * page), float("-inf"), device=scores.device)
+    padded[:, :num_tokens] = torch.where(visible, scores, float("-inf"))
+    return padded.view(num_rows, -1, page).amax(dim=2)

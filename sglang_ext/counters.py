@@ -1,0 +1,80 @@
+"""Proof of life: how often each mode ran, in which phase and why. Read at /server_info."""
+
+import logging
+import threading
+from collections import Counter
+
+import torch
+
+from indexer_kernels.params import MODES
+
+logger = logging.getLogger("sglang_ext")
+
+
+class Counters:
+    """Counts layer calls and rows per (phase, mode, reason), and runs on the device.
+
+    Host counters step when Python runs: under a CUDA graph at capture, not at replay. `device_runs` steps on the GPU
+    inside the stage of one layer, so replays count too.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: Counter[tuple[str, str, str]] = Counter()
+        self._rows: Counter[tuple[str, str, str]] = Counter()
+        self._captured: Counter[tuple[str, str, int]] = Counter()
+        self._device_runs: torch.Tensor | None = None
+
+    def count(self, phase: str, mode: str, reason: str, rows: int) -> None:
+        """One layer's call. The first of a (phase, mode, reason) is logged."""
+        key = (phase, mode, reason)
+        with self._lock:
+            first = key not in self._calls
+            self._calls[key] += 1
+            self._rows[key] += rows
+        if first:
+            logger.info("%s runs %s: %s", phase, mode, reason)
+
+    def count_capture(self, phase: str, mode: str, rows: int) -> None:
+        """One layer's call that a CUDA graph recorded."""
+        with self._lock:
+            self._captured[(phase, mode, rows)] += 1
+
+    def step_device(self, phase: str, mode: str, device: torch.device) -> None:
+        """Add one run on the current stream; call it for one layer of a forward only. Safe under capture once
+        prepared.
+        """
+        runs = self.prepare_device(device)
+        runs[_device_index(phase, mode)].add_(1)
+
+    def prepare_device(self, device: torch.device) -> torch.Tensor:
+        """The counters' memory, which must exist before a graph is captured."""
+        if self._device_runs is None:
+            self._device_runs = torch.zeros(2 * len(MODES), dtype=torch.int64, device=device)
+        return self._device_runs
+
+    def snapshot(self) -> dict[str, object]:
+        """Plain values. Waits for the GPU: not for the forward path."""
+        with self._lock:
+            calls, rows, captured = dict(self._calls), dict(self._rows), dict(self._captured)
+        runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
+        return {
+            "calls": [
+                {"phase": phase, "mode": mode, "reason": reason, "calls": n, "rows": rows[(phase, mode, reason)]}
+                for (phase, mode, reason), n in sorted(calls.items())
+            ],
+            "captured": [
+                {"phase": phase, "mode": mode, "rows": num_rows, "calls": n}
+                for (phase, mode, num_rows), n in sorted(captured.items())
+            ],
+            "device_runs": {
+                f"{phase}/{mode}": runs[_device_index(phase, mode)]
+                for phase in ("prefill", "decode")
+                for mode in MODES
+                if runs[_device_index(phase, mode)]
+            },
+        }
+
+
+def _device_index(phase: str, mode: str) -> int:
+    return MODES.index(mode) + (len(MODES) if phase == "decode" else 0)

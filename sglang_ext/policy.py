@@ -1,0 +1,83 @@
+"""What runs in a forward, and why: a pure function of host values, asked once per forward."""
+
+from typing import NamedTuple
+
+from sglang_ext.settings import Settings
+
+AUTO_PREFILL = "misa_rerank"
+
+# Reasons by which a user's own settings, or the batch, chose SGLang's own indexer.
+CONFIGURED = "configured"
+AUTO_SELECTED = "auto_selected"
+CONFIGURED_NATIVE = "configured_native"
+BELOW_BREAK_EVEN = "below_break_even"
+AUTO_DECODE_NATIVE = "auto_decode_native"
+NATIVE_LAYER = "native_layer"
+BY_CHOICE = frozenset(
+    {CONFIGURED, AUTO_SELECTED, CONFIGURED_NATIVE, BELOW_BREAK_EVEN, AUTO_DECODE_NATIVE, NATIVE_LAYER}
+)
+# Reasons by which a requested mode could not run; strict ends the server on them.
+UNSUPPORTED = {
+    "hisparse": "the hisparse coordinator places keys where the plugin does not look",
+    "context_parallel": "a context-parallel rank sees only its share of a prompt's rows",
+    "kv_shard": "the page table addresses gathered scratch pages",
+    "layer_split_pool": "layers of this pool live on other ranks",
+    "page_size": "index pages do not hold 64 tokens",
+    "index_topk": "the model selects more than 2048 tokens",
+    "head_dim": "the indexer's head dim is not 128",
+    "forced_tokens": "the model config forces initial or local tokens",
+    "rows_mismatch": "page table, lengths and query rows do not belong together",
+    "too_long": "the context is longer than the kernels hold",
+    "no_kernel": "the gpu backend has no kernels for this mode, model or GPU",
+}
+
+
+class BatchView(NamedTuple):
+    """What the policy may know of a forward. lengths: tokens of each request, None where only the GPU knows them."""
+
+    phase: str
+    rows: int
+    lengths: tuple[int, ...] | None
+    max_length: int
+    unsupported: str | None = None
+
+
+class Decision(NamedTuple):
+    """The mode that runs and the reason, a key of UNSUPPORTED or a member of BY_CHOICE."""
+
+    mode: str
+    reason: str
+
+
+def choose(batch: BatchView, settings: Settings) -> Decision:
+    """The mode of one forward.
+
+    An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
+    misa_rerank once the longest request of the batch reaches settings.prefill_min_tokens, native below; `auto` decode
+    is native. Requests of one batch need no separate decision: a row whose context fits the candidate budget is
+    scored as native scores it, by all heads and without a routed scan.
+    """
+    wanted = settings.phase_mode(batch.phase)
+    if wanted == "native":
+        return Decision("native", CONFIGURED_NATIVE)
+    if wanted == "auto" and batch.phase == "decode":
+        return Decision("native", AUTO_DECODE_NATIVE)
+    if batch.unsupported is not None:
+        return Decision("native", batch.unsupported)
+    if wanted != "auto":
+        return Decision(wanted, CONFIGURED)
+    if max(batch.lengths or (batch.max_length,)) < settings.prefill_min_tokens:
+        return Decision("native", BELOW_BREAK_EVEN)
+    return Decision(AUTO_PREFILL, AUTO_SELECTED)
+
+
+def asks(phase: str, settings: Settings) -> bool:
+    """Whether the settings can ask for another mode than native in this phase: else nothing needs to be looked at."""
+    wanted = settings.phase_mode(phase)
+    return wanted != "native" and not (wanted == "auto" and phase == "decode")
+
+
+def mode_to_try(phase: str, settings: Settings) -> str:
+    """The mode that `choose` would answer if nothing stood against it: what support is checked for."""
+    wanted = settings.phase_mode(phase)
+    return AUTO_PREFILL if wanted == "auto" else wanted

@@ -1,0 +1,158 @@
+"""Settings: one dataclass, read from defaults, the model config and SGLANG_EXT_* variables, in that order."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from indexer_kernels.params import MODES, IndexerParams
+
+PREFIX = "SGLANG_EXT_"
+MODEL_CONFIG_FIELD = "sglang_ext"
+SERVE_MODES = (*MODES, "auto")
+DEFAULTS = IndexerParams()
+# The papers' own config fields: field -> setting. The use_* switches choose the mode.
+PAPER_FIELDS = {
+    "misa_topk_heads": "active_heads",
+    "misa_k_block_size": "route_block",
+    "misa_stage1_topk": "candidates",
+    "hisa_k_block_size": "block_size",
+    "hisa_block_topk": "top_blocks",
+}
+PAPER_SWITCHES = ("use_misa", "use_hisa")
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a deployment asks for. Raises ValueError naming the setting, its value and what is allowed."""
+
+    mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
+    prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
+    decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
+    strict: bool = _setting(False, "end the server instead of falling back to SGLang's own indexer")
+    active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
+    route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
+    candidates: int = _setting(DEFAULTS.candidates, "misa_rerank, group_rerank: tokens that all heads re-rank")
+    candidate_unit: str = _setting(DEFAULTS.candidate_unit, "misa_rerank: candidates as `token`s or whole `page`s")
+    block_size: int = _setting(DEFAULTS.block_size, "hisa: tokens per block")
+    top_blocks: int = _setting(DEFAULTS.top_blocks, "hisa: blocks whose tokens all heads score")
+    group: int = _setting(DEFAULTS.group, "group_rerank: consecutive rows that share one scan")
+    local_tokens: int = _setting(DEFAULTS.local_tokens, "re-ranking modes: last tokens that are always candidates")
+    native_layers: tuple[int, ...] = _setting((), "layers that keep SGLang's own indexer, as in `0-2,60`")
+    native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")
+    prefill_min_tokens: int = _setting(24576, "`auto`: prefill of shorter contexts keeps SGLang's own indexer")
+    backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
+    runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode while serving")
+
+    def __post_init__(self) -> None:
+        _choice("mode", self.mode, SERVE_MODES)
+        for name in ("prefill_mode", "decode_mode"):
+            if getattr(self, name) is not None:
+                _choice(name, getattr(self, name), SERVE_MODES)
+        _choice("backend", self.backend, ("auto", "reference", "gpu"))
+        for name in ("native_tail_rows", "prefill_min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if any(layer < 0 for layer in self.native_layers):
+            raise ValueError(f"native_layers={self.native_layers} must not be negative")
+        self.params(DEFAULTS.top_k)
+
+    def params(self, top_k: int) -> IndexerParams:
+        """The kernels' share of the settings, for a model that selects top_k tokens."""
+        names = {f.name for f in dataclasses.fields(IndexerParams)} - {"top_k"}
+        return IndexerParams(top_k=top_k, **{name: getattr(self, name) for name in names})
+
+    def phase_mode(self, phase: str) -> str:
+        """The mode asked for in "prefill" or "decode"."""
+        return (self.prefill_mode if phase == "prefill" else self.decode_mode) or self.mode
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for logs and /server_info."""
+        return dataclasses.asdict(self) | {"native_layers": list(self.native_layers)}
+
+
+def load_settings(model_config: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Settings:
+    """Defaults < the papers' fields of the model config < its `sglang_ext` field < SGLANG_EXT_<FIELD> variables.
+
+    Raises ValueError for an unknown setting or value, naming it and listing what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if model_config:
+        values |= _paper_settings(model_config)
+        own = model_config.get(MODEL_CONFIG_FIELD) or {}
+        if not isinstance(own, Mapping):
+            raise ValueError(f"model config field {MODEL_CONFIG_FIELD}={own!r} must be an object of settings")
+        values |= {_known(name, str(name)): value for name, value in own.items()}
+    for name, value in environ.items():
+        if name.startswith(PREFIX):
+            values[_known(name.removeprefix(PREFIX).lower(), name)] = value
+    return Settings(**{name: _parse(name, value) for name, value in values.items()})
+
+
+def _paper_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    use_misa, use_hisa = (bool(config.get(switch)) for switch in PAPER_SWITCHES)
+    if use_misa and use_hisa:
+        raise ValueError("model config fields use_misa and use_hisa are both set; choose one mode")
+    prefix = "misa_" if use_misa else "hisa_" if use_hisa else None
+    if prefix is None:
+        return {}
+    values = {
+        setting: config[name]
+        for name, setting in PAPER_FIELDS.items()
+        if name.startswith(prefix) and config.get(name) is not None
+    }
+    # A first-stage budget means that the candidates are re-ranked (the papers' dagger variant).
+    values["mode"] = "hisa" if use_hisa else "misa_rerank" if "candidates" in values else "misa"
+    return values
+
+
+def _known(name: str, shown: str) -> str:
+    known = [f.name for f in dataclasses.fields(Settings)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"unknown setting {shown}{hint}; known settings: {', '.join(known)}")
+    return name
+
+
+def _parse(name: str, value: Any) -> Any:
+    kind = type(getattr(Settings(), name)) if name not in ("prefill_mode", "decode_mode") else str
+    if name == "native_layers":
+        return _layers(value)
+    if kind is bool:
+        text = str(value).strip().lower()
+        if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            raise ValueError(f"{name}={value!r} must be true or false")
+        return text in ("1", "true", "yes", "on")
+    if kind is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError(f"{name}={value!r} must be an integer")
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={value!r} must be an integer") from None
+    if value is None or (name in ("prefill_mode", "decode_mode") and str(value).strip().lower() in ("", "none")):
+        return None
+    return str(value).strip().lower()
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    """`0-2,60`, or a list of integers, as a sorted tuple."""
+    parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+    layers: set[int] = set()
+    for part in filter(None, parts):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ValueError(f"native_layers={value!r} must be layer numbers and ranges, as in 0-2,60")
+        layers.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(layers))
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")

@@ -1,0 +1,321 @@
+"""The one file that knows SGLang: what is hooked, and the translation between its objects and plain tensors."""
+
+import functools
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_ext.stage import Stage
+
+SGLANG_SUPPORTED = "0.5.23"
+SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
+
+INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer"
+FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+STATE_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+
+RUNTIME_SWITCH_KEY = "sglang_ext_prefill_mode"
+
+
+class Hook(NamedTuple):
+    """One method of SGLang that the plugin wraps. parameters: what its signature must begin with, in order."""
+
+    target: str
+    kind: HookType
+    parameters: tuple[str, ...]
+    why: str
+    make: Callable[[Stage], Callable[..., Any]]
+    optional: bool = False
+
+
+def hooks() -> tuple[Hook, ...]:
+    """Everything the plugin touches in SGLang."""
+    return (
+        Hook(
+            f"{INDEXER}.__init__",
+            HookType.AFTER,
+            ("self", "hidden_size", "index_n_heads", "index_head_dim", "rope_head_dim", "index_topk"),
+            "read the model config's settings, compile kernels before the first request",
+            _after_indexer_init,
+        ),
+        Hook(
+            f"{INDEXER}._get_topk_ragged",
+            HookType.AROUND,
+            ("self", "enable_dual_stream", "forward_batch", "layer_id", "q_fp8", "weights", "metadata", "topk_result"),
+            "prefill, chunked prefill, mixed batches: select tokens",
+            _around_ragged,
+        ),
+        Hook(
+            f"{INDEXER}._get_topk_paged",
+            HookType.AROUND,
+            ("self", "forward_batch", "layer_id", "q_fp8", "weights", "metadata"),
+            "decode, target-verify, draft-extend: select tokens",
+            _around_paged,
+        ),
+        Hook(
+            f"{FORWARD_BATCH}.init_new",
+            HookType.AFTER,
+            ("batch", "model_runner"),
+            "note how long each prompt is, for native_tail_rows",
+            _after_forward_batch,
+        ),
+        Hook(
+            f"{SCHEDULER}.get_internal_state",
+            HookType.AFTER,
+            ("self", "recv_req"),
+            "show version, settings and counters at /server_info",
+            _after_get_internal_state,
+        ),
+        Hook(
+            f"{STATE_CONTROLLER}._update_handlers",
+            HookType.AFTER,
+            ("self",),
+            "let POST /set_internal_state change the prefill mode (runtime_switch)",
+            _after_update_handlers,
+            optional=True,
+        ),
+    )
+
+
+def verify(runtime_switch: bool = False) -> list[str]:
+    """What keeps the hooks from being installed in this SGLang: one sentence each, none if all fits."""
+    version = importlib.metadata.version("sglang")
+    if ".".join(version.split(".")[:3]) not in SGLANG_ACCEPTED:
+        return [f"sglang {version} does not fit: made for {SGLANG_SUPPORTED}, accepts {SGLANG_ACCEPTED[0]} and later"]
+    problems = []
+    for hook in wanted_hooks(runtime_switch):
+        try:
+            found = tuple(inspect.signature(pkgutil.resolve_name(hook.target)).parameters)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{hook.target} is not there ({error})")
+            continue
+        if found[: len(hook.parameters)] != hook.parameters:
+            problems.append(f"{hook.target} has parameters {found}, expected them to begin with {hook.parameters}")
+    return problems
+
+
+def wanted_hooks(runtime_switch: bool) -> list[Hook]:
+    """The hooks of a setting: the optional one only where it is asked for."""
+    return [hook for hook in hooks() if runtime_switch or not hook.optional]
+
+
+def install(stage: Stage) -> None:
+    """Register every hook; verify() must have found nothing. SGLang applies them once all plugins are loaded."""
+    for hook in wanted_hooks(stage.settings.runtime_switch):
+        HookRegistry.register(hook.target, hook.make(stage), hook.kind)
+
+
+def unapplied(stage: Stage) -> list[str]:
+    """Targets that SGLang failed to patch: it logs such failures and serves on without the hook."""
+    return [
+        hook.target for hook in wanted_hooks(stage.settings.runtime_switch) if hook.target not in HookRegistry._patched
+    ]
+
+
+def sglang_top_k(
+    scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """`indexer_kernels.top_k.TopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
+    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
+
+    topk_transform_paged_v2(scores, lengths, page_table, out, 64, plan_topk_v2(lengths))
+
+
+def _after_indexer_init(stage: Stage) -> Callable[..., None]:
+    parameters = _indexer_parameters()
+
+    def hook(_result: None, indexer: Any, *args: Any, **kwargs: Any) -> None:
+        if missing := unapplied(stage):
+            raise RuntimeError(f"sglang-ext: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
+        config = {**dict(zip(parameters[1:], args)), **kwargs}.get("config")
+        fields = vars(config) if config is not None else {}
+        stage.start(fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, _device(indexer))
+
+    return hook
+
+
+def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
+    def hook(
+        original: Callable[..., torch.Tensor],
+        indexer: Any,
+        enable_dual_stream: bool,
+        forward_batch: Any,
+        layer_id: int,
+        q_fp8: torch.Tensor,
+        weights: torch.Tensor,
+        metadata: Any,
+        topk_result: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        native = functools.partial(
+            original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result
+        )
+        pool = _pool()
+        attention = metadata.attn_metadata
+        forward = stage.prefill(
+            attention,
+            extend_lengths=metadata.get_dsa_extend_len_cpu(),
+            lengths=metadata.get_indexer_seq_len_cpu,
+            prompt_lengths=getattr(forward_batch, "sglang_ext_prompt_lengths", None),
+            page_table=metadata.get_page_table_64(),
+            q=q_fp8,
+            unsupported=lambda: _unsupported(indexer, attention, pool),
+        )
+        if not stage.takes(forward, layer_id):
+            return native()
+        if topk_result is None:
+            shape = (q_fp8.shape[0], indexer.index_topk)
+            topk_result = torch.full(shape, -1, dtype=torch.int32, device=q_fp8.device)
+        stage.run(
+            forward,
+            layer_id,
+            q_fp8,
+            weights[: q_fp8.shape[0]].squeeze(-1),
+            pool.get_index_k_with_scale_buffer(layer_id=layer_id),
+            metadata.get_page_table_64(),
+            _output(metadata, prefill=True),
+            topk_result,
+        )
+        return topk_result
+
+    return hook
+
+
+def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
+    def hook(
+        original: Callable[..., torch.Tensor],
+        indexer: Any,
+        forward_batch: Any,
+        layer_id: int,
+        q_fp8: torch.Tensor,
+        weights: torch.Tensor,
+        metadata: Any,
+    ) -> torch.Tensor:
+        native = functools.partial(original, indexer, forward_batch, layer_id, q_fp8, weights, metadata)
+        pool = _pool()
+        attention = metadata.attn_metadata
+        mode = forward_batch.forward_mode
+        expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
+        forward = stage.decode(
+            lengths=metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32(),
+            page_table=metadata.get_page_table_64(),
+            num_rows=sum(metadata.get_dsa_extend_len_cpu()),
+            q=q_fp8,
+            unsupported=lambda: _unsupported(indexer, attention, pool),
+        )
+        if not stage.takes(forward, layer_id):
+            return native()
+        # Rows that only pad the batch select nothing.
+        out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
+        stage.run(
+            forward,
+            layer_id,
+            q_fp8,
+            weights[: q_fp8.shape[0]].squeeze(-1),
+            pool.get_index_k_with_scale_buffer(layer_id=layer_id),
+            metadata.get_page_table_64(),
+            _output(metadata, prefill=False),
+            out,
+        )
+        return out
+
+    return hook
+
+
+def _after_forward_batch(stage: Stage) -> Callable[..., None]:
+    def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        if not stage.settings.native_tail_rows or not result.forward_mode.is_extend_without_speculative():
+            return
+        decoding = {id(request) for request in (batch.decoding_reqs or ())}
+        # A decoding request of a mixed batch has no prompt row left: a length no row can be near.
+        result.sglang_ext_prompt_lengths = [
+            1 << 40 if id(request) in decoding else len(request.full_untruncated_fill_ids) for request in batch.reqs
+        ]
+
+    return hook
+
+
+def _after_get_internal_state(stage: Stage) -> Callable[..., None]:
+    def hook(result: Any, *_args: Any, **_kwargs: Any) -> None:
+        result.internal_state["sglang_ext"] = stage.status()
+
+    return hook
+
+
+def _after_update_handlers(stage: Stage) -> Callable[..., Any]:
+    from sglang.srt.managers.scheduler_components import internal_state
+
+    def validate(_key: str, value: float) -> None:
+        try:
+            stage.prefill_mode_number(value)
+        except ValueError as error:
+            raise internal_state.UpdateRejected(str(error)) from None
+
+    def apply(_key: str, value: float) -> None:
+        stage.switch_prefill(value)
+
+    def hook(handlers: dict[str, Any], *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+        return handlers | {RUNTIME_SWITCH_KEY: internal_state._UpdateHandler(validate, apply)}
+
+    return hook
+
+
+def _unsupported(indexer: Any, attention: Any, pool: Any) -> str | None:
+    """The policy's reason why this forward must stay with SGLang's own indexer, or None. Host values only."""
+    if indexer.index_topk > 2048:
+        return "index_topk"
+    if indexer.head_dim != 128:
+        return "head_dim"
+    if indexer.num_init_tokens or indexer.num_local_tokens:
+        return "forced_tokens"
+    if getattr(indexer, "dsa_enable_prefill_cp", False):
+        return "context_parallel"
+    if getattr(attention, "indexer_logical_page_table", None) is not None:
+        return "kv_shard"
+    if hasattr(pool, "get_broadcastable_index_k_with_scale_buffer"):
+        return "layer_split_pool"
+    if getattr(pool, "index_page_size", pool.page_size) != 64:
+        return "page_size"
+    if getattr(_attention_backend(), "hisparse_coordinator", None) is not None:
+        return "hisparse"
+    return None
+
+
+class Output(NamedTuple):
+    """Form of an entry (see runner.OutputForm) as SGLang's metadata asks for it."""
+
+    kind: str
+    offsets: torch.Tensor | None
+
+
+def _output(metadata: Any, prefill: bool) -> Output:
+    if metadata.force_unfused_topk:
+        return Output("position", None)
+    if prefill and metadata.topk_transform_method.name == "RAGGED":
+        return Output("position", metadata.attn_metadata.topk_indices_offset)
+    return Output("slot", None)
+
+
+def _pool() -> Any:
+    from sglang.srt.layers.attention.dsa import dsa_indexer
+
+    return dsa_indexer.get_token_to_kv_pool()
+
+
+def _attention_backend() -> Any:
+    from sglang.srt.layers.attention.dsa import dsa_indexer
+
+    return dsa_indexer.get_attn_backend()
+
+
+def _device(indexer: Any) -> torch.device:
+    return next(indexer.parameters()).device
+
+
+def _indexer_parameters() -> tuple[str, ...]:
+    return tuple(inspect.signature(pkgutil.resolve_name(f"{INDEXER}.__init__")).parameters)

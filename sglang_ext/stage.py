@@ -1,0 +1,270 @@
+"""The scheduler-aware stage: settings, one decision and plan per forward, counters. One per process."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from indexer_kernels.backend import gpu_refusal
+from indexer_kernels.row_plan import plan_decode, plan_extend
+from indexer_kernels.top_k import TopK
+from sglang_ext import __version__, policy
+from sglang_ext.counters import Counters
+from sglang_ext.policy import BatchView, Decision, choose
+from sglang_ext.runner import OutputForm, Rows, run, split_tail
+from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+
+logger = logging.getLogger("sglang_ext")
+
+
+@dataclass(slots=True)
+class Forward:
+    """What one forward runs, the same for all its layers. parts: (mode, its rows)."""
+
+    phase: str
+    decision: Decision
+    num_rows: int
+    parts: tuple[tuple[str, Rows], ...] = ()
+
+
+class Model(NamedTuple):
+    """What an indexer says of its model."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+class Stage:
+    """Decides and runs. `attention` is SGLang's per-forward metadata: a prefill's decision and plan are kept on it."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
+        self.settings = settings
+        self.counters = Counters()
+        self._environ = environ
+        self._top_k_kernel = top_k_kernel
+        self._models: set[Model] = set()
+        self._layers: set[int] = set()
+        self._unsupported_logged: set[str] = set()
+
+    def start(
+        self,
+        model_config: Mapping[str, Any],
+        layer_id: int,
+        num_heads: int,
+        head_dim: int,
+        top_k: int,
+        device: torch.device,
+    ) -> None:
+        """Called as each indexer is built: read the model config's settings, compile its kernels once.
+
+        Raises ValueError for a wrong setting, RuntimeError under strict for a mode that no forward could run.
+        """
+        self._layers.add(layer_id)
+        model = Model(num_heads, head_dim, top_k)
+        if model in self._models:
+            return
+        self._models.add(model)
+        settings = load_settings(model_config, self._environ)
+        if settings != self.settings:
+            self.settings = settings
+            logger.info("settings with the model config's: %s", settings.as_dict())
+        if device.type != "cuda" or head_dim != 128 or top_k > 2048:
+            return
+        self.counters.prepare_device(device)
+        q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
+        for phase in ("prefill", "decode"):
+            if not policy.asks(phase, self.settings):
+                continue
+            wanted = self.settings.phase_mode(phase)
+            refusal = self._refusal(policy.mode_to_try(phase, self.settings), q, top_k)
+            if refusal is not None:
+                self._reject(f"{phase} mode {wanted!r}: {refusal}")
+            elif self.settings.backend != "reference":
+                self._compile(num_heads, top_k)
+
+    def prefill(
+        self,
+        attention: object,
+        extend_lengths: Sequence[int],
+        lengths: Callable[[], torch.Tensor],
+        prompt_lengths: list[int] | None,
+        page_table: torch.Tensor,
+        q: torch.Tensor,
+        unsupported: Callable[[], str | None],
+    ) -> Forward:
+        """The forward's decision and plan, made at its first layer. lengths() is SGLang's CPU copy: no device read."""
+        forward = getattr(attention, "sglang_ext_forward", None)
+        if forward is not None:
+            return forward
+        seen = tuple(int(length) for length in lengths().tolist())
+        extend = [int(length) for length in extend_lengths]
+        rows = sum(extend)
+        view = BatchView("prefill", rows, seen, max(seen, default=0))
+        if policy.asks("prefill", self.settings):
+            view = self._supported(view._replace(unsupported=unsupported()), q)
+            if view.unsupported is None and not (
+                len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
+            ):
+                view = view._replace(unsupported="rows_mismatch")
+        forward = Forward("prefill", self._decide(view), rows)
+        if forward.decision.mode != "native":
+            forward.parts = self._prefill_parts(forward.decision.mode, seen, extend, prompt_lengths, q.device)
+        # SGLang's metadata is frozen; it sets attributes on it the same way.
+        object.__setattr__(attention, "sglang_ext_forward", forward)
+        return forward
+
+    def decode(
+        self,
+        lengths: torch.Tensor,
+        page_table: torch.Tensor,
+        num_rows: int,
+        q: torch.Tensor,
+        unsupported: Callable[[], str | None],
+    ) -> Forward:
+        """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
+
+        Planned at every layer: a plan made inside a capture lives in that graph's memory and must not outlive it.
+        """
+        view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
+        if policy.asks("decode", self.settings):
+            view = self._supported(view._replace(unsupported=unsupported()), q)
+            if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
+                view = view._replace(unsupported="rows_mismatch")
+        decision = self._decide(view)
+        if decision.mode == "native":
+            return Forward("decode", decision, num_rows)
+        plan = plan_decode(lengths, page_table.shape[1])
+        return Forward("decode", decision, num_rows, ((decision.mode, Rows(plan)),))
+
+    def takes(self, forward: Forward, layer_id: int) -> bool:
+        """Whether this layer runs the forward's mode. Counts the call either way."""
+        mode, reason = forward.decision
+        if mode != "native" and layer_id in self.settings.native_layers:
+            mode, reason = "native", policy.NATIVE_LAYER
+        self.counters.count(forward.phase, mode, reason, forward.num_rows)
+        return mode != "native"
+
+    def run(
+        self,
+        forward: Forward,
+        layer_id: int,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        form: tuple[str, torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        """Fill out with the selection of this layer's queries."""
+        if q.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
+            if layer_id == self._counting_layer():
+                self.counters.step_device(forward.phase, forward.decision.mode, q.device)
+        params = self.settings.params(out.shape[1])
+        for mode, rows in forward.parts:
+            run(
+                mode,
+                rows,
+                q,
+                weights,
+                k_pages,
+                page_table,
+                params,
+                OutputForm(*form),
+                self.settings.backend,
+                self._top_k_kernel if q.device.type == "cuda" else None,
+                out,
+            )
+
+    def status(self) -> dict[str, object]:
+        """Plain values for /server_info."""
+        return {
+            "version": __version__,
+            "settings": self.settings.as_dict(),
+            "modes": {phase: self.settings.phase_mode(phase) for phase in ("prefill", "decode")},
+            "mode_numbers": dict(enumerate(SERVE_MODES)) if self.settings.runtime_switch else {},
+            **self.counters.snapshot(),
+        }
+
+    def prefill_mode_number(self, value: float) -> str:
+        """The mode that a number of `mode_numbers` names; ValueError for another value. (The route carries numbers
+        only.)
+        """
+        if not self.settings.runtime_switch:
+            raise ValueError("the prefill mode cannot be switched: the setting runtime_switch is off")
+        if value not in range(len(SERVE_MODES)):
+            raise ValueError(f"sglang_ext_prefill_mode={value} must be one of {dict(enumerate(SERVE_MODES))}")
+        return SERVE_MODES[int(value)]
+
+    def switch_prefill(self, value: float) -> None:
+        """Prefill is never captured, so its mode may change between forwards."""
+        mode = self.prefill_mode_number(value)
+        logger.info("prefill mode switched from %s to %s", self.settings.phase_mode("prefill"), mode)
+        self.settings = replace(self.settings, prefill_mode=mode)
+
+    def _decide(self, view: BatchView) -> Decision:
+        decision = choose(view, self.settings)
+        if decision.reason in policy.UNSUPPORTED:
+            self._reject(f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})")
+        return decision
+
+    def _supported(self, view: BatchView, q: torch.Tensor) -> BatchView:
+        """The view with what the kernels cannot do, if something asks for them."""
+        mode = policy.mode_to_try(view.phase, self.settings)
+        if view.unsupported is not None or self.settings.backend == "reference":
+            return view
+        if self._refusal(mode, q, self.settings_top_k()) is not None:
+            return view._replace(unsupported="no_kernel")
+        from indexer_kernels.gpu.pipeline import max_tokens
+
+        limit = max_tokens(mode)
+        return view._replace(unsupported="too_long") if limit is not None and view.max_length > limit else view
+
+    def _counting_layer(self) -> int:
+        """The layer whose runs are counted on the device: the first that may run a mode."""
+        return min((layer for layer in self._layers if layer not in self.settings.native_layers), default=-1)
+
+    def settings_top_k(self) -> int:
+        """Tokens the served model selects (the largest, where a draft model differs)."""
+        return max((model.top_k for model in self._models), default=2048)
+
+    def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
+        if self.settings.backend == "reference":
+            return None
+        return gpu_refusal(mode, q, self.settings.params(top_k))
+
+    def _reject(self, sentence: str) -> None:
+        """SGLang's own indexer serves instead: said once, or the end of the server under strict."""
+        if self.settings.strict:
+            raise RuntimeError(f"sglang-ext (strict): {sentence}")
+        if sentence not in self._unsupported_logged:
+            self._unsupported_logged.add(sentence)
+            logger.warning("SGLang's own indexer serves: %s", sentence)
+
+    def _prefill_parts(
+        self,
+        mode: str,
+        seen: tuple[int, ...],
+        extend: list[int],
+        prompt_lengths: list[int] | None,
+        device: torch.device,
+    ) -> tuple[tuple[str, Rows], ...]:
+        prefixes = [length - rows for length, rows in zip(seen, extend)]
+        if not self.settings.native_tail_rows:
+            return ((mode, Rows(plan_extend(prefixes, extend, device))),)
+        if prompt_lengths is None or len(prompt_lengths) != len(extend):
+            raise RuntimeError(f"native_tail_rows needs the prompt lengths of {len(extend)} requests: {prompt_lengths}")
+        body, tail = split_tail(prefixes, extend, prompt_lengths, self.settings.native_tail_rows, device)
+        return ((mode, body), ("native", tail))
+
+    def _compile(self, num_heads: int, top_k: int) -> None:
+        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk)."""
+        from indexer_kernels.gpu.compile_check import compile_all
+
+        for name, error in compile_all(self.settings.params(top_k), num_heads):
+            if error is not None:
+                self._reject(f"kernel {name} does not compile: {error}")
