@@ -2,8 +2,9 @@
 
 import torch
 
-from indexer_kernels.page_layout import HEAD_DIM, PAGE_BYTES
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_BYTES, PAGE_TOKENS
 from indexer_kernels.params import MODES, IndexerParams
+from indexer_kernels.row_plan import RowPlan
 
 BACKENDS = ("auto", "reference", "gpu")
 OUTPUTS = ("position", "slot")
@@ -54,6 +55,33 @@ def check_pages(k_pages: torch.Tensor, page_table: torch.Tensor, num_requests: i
     if not k_pages.is_contiguous():
         raise ValueError(f"k_pages must be contiguous, got strides {k_pages.stride()}")
     check_tensor("page_table", page_table, torch.int32, (num_requests, None), q.device)
+
+
+def check_reach(name: str, lengths: torch.Tensor, page_table: torch.Tensor) -> None:
+    """Where lengths are on the CPU, none may need more pages than page_table [R, W] has columns."""
+    reach = page_table.shape[1] * PAGE_TOKENS
+    if lengths.device.type == "cpu" and lengths.numel() and int(lengths.max()) > reach:
+        raise ValueError(f"{name} has {int(lengths.max())}, must be at most the {reach} tokens page_table reaches")
+
+
+def check_plan(plan: RowPlan, k_pages: torch.Tensor, page_table: torch.Tensor) -> None:
+    """The plan is on the tables' device; on the CPU its rows have table rows, and the pages they need exist."""
+    if plan.row_lengths.device != page_table.device:
+        raise ValueError(f"plan is on {plan.row_lengths.device}, must be on {page_table.device} like page_table")
+    if page_table.device.type != "cpu" or not plan.num_rows:
+        return
+    check_reach("plan.row_lengths", plan.row_lengths, page_table)
+    requests = plan.row_request
+    if int(requests.min()) < 0 or int(requests.max()) >= page_table.shape[0]:
+        raise ValueError(
+            f"plan.row_request spans {int(requests.min())} .. {int(requests.max())}, page_table has "
+            f"{page_table.shape[0]} rows"
+        )
+    column = torch.arange(page_table.shape[1]) * PAGE_TOKENS
+    needed = page_table[column < plan.request_lengths[:, None]]
+    bad = needed[(needed < 0) | (needed >= k_pages.shape[0])]
+    if len(bad):
+        raise ValueError(f"page_table has page id {int(bad[0])}, must be in 0 .. {k_pages.shape[0] - 1} (k_pages)")
 
 
 def check_ranges(ks: torch.Tensor, ke: torch.Tensor, num_rows: int, num_keys: int, device: torch.device) -> None:

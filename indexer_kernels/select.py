@@ -3,7 +3,7 @@
 import torch
 
 from indexer_kernels.backend import use_gpu
-from indexer_kernels.checks import check_call, check_pages, check_queries, check_ranges, check_tensor
+from indexer_kernels.checks import check_call, check_pages, check_queries, check_ranges, check_reach, check_tensor
 from indexer_kernels.page_layout import HEAD_DIM
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference import batches
@@ -79,5 +79,6 @@ def select_paged(
     check_queries(q, weights)
     check_pages(k_pages, page_table, q.shape[0], q)
     check_tensor("seq_lens", seq_lens, torch.int32, (q.shape[0],), q.device)
+    check_reach("seq_lens", seq_lens, page_table)
     plan = plan_decode(seq_lens, page_table.shape[1])
     return select_rows(mode, q, weights, k_pages, page_table, plan, params, backend)

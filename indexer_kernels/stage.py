@@ -5,7 +5,15 @@ needs.
 import torch
 
 from indexer_kernels.backend import use_gpu
-from indexer_kernels.checks import OUTPUTS, check_call, check_choice, check_pages, check_queries, check_tensor
+from indexer_kernels.checks import (
+    OUTPUTS,
+    check_call,
+    check_choice,
+    check_pages,
+    check_plan,
+    check_queries,
+    check_tensor,
+)
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference import batches
 from indexer_kernels.row_plan import RowPlan
@@ -35,8 +43,13 @@ def select_rows(
     """
     check_call(mode, backend, params)
     check_choice("output", output, OUTPUTS)
+    if not isinstance(plan, RowPlan):
+        raise TypeError(f"plan must be a RowPlan, got {type(plan).__name__}")
+    if top_k_kernel is not None and not callable(top_k_kernel):
+        raise TypeError(f"top_k_kernel must be callable or None, got {type(top_k_kernel).__name__}")
     check_queries(q, weights, plan.num_rows)
     check_pages(k_pages, page_table, plan.request_lengths.shape[0], q)
+    check_plan(plan, k_pages, page_table)
     if out is None:
         out = torch.empty((plan.num_rows, params.top_k), dtype=torch.int32, device=q.device)
     check_tensor("out", out, torch.int32, (None, params.top_k), q.device)

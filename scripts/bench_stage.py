@@ -80,7 +80,7 @@ class Case:
 
 
 def agreement(mode: str, heads: int, params: IndexerParams) -> float:
-    """Mean share of the reference backend's selection that the gpu backend found, on 48 rows of a 20000-token prompt."""
+    """Mean share of the reference selection that the gpu backend finds, on 48 rows of 20000 keys."""
     case = Case(48, 20000, heads, seed=1)
     small = IndexerParams(**(asdict(params) | {"candidate_unit": "page"}))
     got = case.mode(mode, 0, small, output="position").clone()

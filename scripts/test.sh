@@ -23,7 +23,7 @@ step() { # step NAME COMMAND...: run it, remember a failure, go on
 step "ruff check" ruff check .
 step "ruff format" ruff format --check --quiet .
 step "mypy" mypy
-step "pytest" python -m pytest -q "$@"
+step "pytest" python -m pytest -q --tb=short "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

@@ -70,14 +70,16 @@ def block_candidates(
 def group_candidates(
     proxy_scores: torch.Tensor, group_start: torch.Tensor, lengths: torch.Tensor, params: IndexerParams
 ) -> torch.Tensor:
-    """group_rerank: the `candidates` best tokens by the group's proxy score [M, N] over what its first row sees.
+    """group_rerank: the `candidates` best tokens by the group's proxy score [M, N] over what its first row sees, and
+    beside them the group's own positions up to the row (PIVOT-Refine, arXiv 2607.24593).
 
-    group_start [M]: position of the group's first row; it sees tokens 0 .. group_start. The first page, the row's last
-    local_tokens and the group's own positions up to the row are forced (PIVOT-Refine, arXiv 2607.24593).
+    group_start [M]: position of the group's first row, present in the call or not; it sees tokens 0 .. group_start.
+    The first page and the row's last local_tokens are forced, and count as candidates where the first row sees them.
     """
     num_tokens = proxy_scores.shape[1]
     token = torch.arange(num_tokens, device=lengths.device)
     visible = visible_units(lengths, num_tokens, 1)
+    scanned = visible & (token <= group_start[:, None])
     forced = forced_units(lengths, num_tokens, 1, PAGE_TOKENS, params.local_tokens)
-    forced |= visible & (token >= group_start[:, None])
-    return keep_within_budget(proxy_scores, visible, forced, params.candidates)
+    kept = keep_within_budget(proxy_scores, scanned, forced, params.candidates)
+    return kept | (visible & (token >= group_start[:, None]))

@@ -14,7 +14,7 @@ from indexer_kernels.reference.choice import select_tokens
 from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
 from indexer_kernels.reference.scores import block_means, token_scores
 
-SLICE_ELEMENTS = 1 << 24  # scores of one row slice, 64 MiB of float32
+SLICE_ELEMENTS = 1 << 22  # scores of one row slice: 32 MiB of float64, and a few such while they are ranked
 
 
 def select_request(
@@ -57,7 +57,7 @@ def select_request(
         elif mode == "group_rerank":
             groups = group_of_row[rows]
             proxy_scores = token_scores(proxy_q[groups], proxy_weights[groups], k, k_scale)
-            group_start = (lengths[rows] - 1).clamp_min(0) // params.group * params.group
+            group_start = (lengths[rows] - 1) // params.group * params.group
             eligible = group_candidates(proxy_scores, group_start, lengths[rows], params)
         selected[rows] = select_tokens(scores, eligible, params.top_k)
     return selected
@@ -79,9 +79,15 @@ def _routed_scores(
 def _group_proxies(
     q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, params: IndexerParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(group of each row [M], mean query [G, H, D], mean gate [G, H]) over the group's rows that are in the call."""
-    group, members = torch.unique((lengths - 1).clamp_min(0) // params.group, return_inverse=True)
-    count = torch.zeros(len(group), device=q.device).index_add_(0, members, torch.ones(len(members), device=q.device))
-    mean_q = torch.zeros((len(group), *q.shape[1:]), device=q.device).index_add_(0, members, q.float())
-    mean_weights = torch.zeros((len(group), q.shape[1]), device=q.device).index_add_(0, members, weights.float())
-    return members, mean_q / count[:, None, None], mean_weights / count[:, None]
+    """(group of each row [M], mean query [G, H, D], mean gate [G, H]) over the group's rows that are in the call.
+
+    So a chunk border inside a group changes its rows; borders at multiples of `group` (SGLang's are multiples of a
+    page) change nothing. Rows that see no token form a group of their own, -1.
+    """
+    group, members = torch.unique((lengths - 1) // params.group, return_inverse=True)
+    count = torch.bincount(members, minlength=len(group)).double()
+    mean_q = torch.zeros((len(group), *q.shape[1:]), dtype=torch.float64, device=q.device)
+    mean_weights = torch.zeros((len(group), q.shape[1]), dtype=torch.float64, device=q.device)
+    mean_q.index_add_(0, members, q.double()).div_(count[:, None, None])
+    mean_weights.index_add_(0, members, weights.double()).div_(count[:, None])
+    return members, mean_q.float(), mean_weights.float()

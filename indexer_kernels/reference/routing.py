@@ -14,14 +14,17 @@ def routing_scores(
     full = torch.arange(means.shape[0], device=q.device) < num_blocks[:, None]
     routing = torch.empty(weights.shape, dtype=torch.float32, device=q.device)
     for head in range(q.shape[1]):
-        strength = (torch.relu(q[:, head].float() @ means.T) * weights[:, head, None].float()).abs()
-        routing[:, head] = torch.where(full, strength, 0.0).sum(dim=1)
+        strength = (torch.relu(q[:, head].double() @ means.double().T) * weights[:, head, None].double()).abs()
+        routing[:, head] = torch.where(full, strength, 0.0).sum(dim=1).float()
     return routing
 
 
 def route_heads(routing: torch.Tensor, active_heads: int) -> torch.Tensor:
-    """The min(active_heads, H) heads with the largest routing score, ties to the lower head: int64 [M, A], best first."""
-    return routing.sort(dim=1, descending=True, stable=True).indices[:, :active_heads]
+    """The min(active_heads, H) heads of largest routing score, ties to the lower head: int64 [M, A], ascending.
+
+    In ascending order all heads together sum up as native does.
+    """
+    return routing.sort(dim=1, descending=True, stable=True).indices[:, :active_heads].sort(dim=1).values
 
 
 def take_heads(q: torch.Tensor, weights: torch.Tensor, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,8 @@
-"""Scores of keys against query heads."""
+"""Scores of keys against query heads.
+
+Dot products are summed in float64, where a sum of 128 products of fp8 values is exact, and rounded to float32 once. So
+the score of a row and a key is the same number whatever else is in the call, and a re-ranked score is bitwise native's.
+"""
 
 import torch
 
@@ -6,13 +10,13 @@ import torch
 def token_scores(q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
     """s[m, n] = k_scale[n] * sum_h weights[m, h] * relu(q[m, h] . k[n])  (DeepSeek-V3.2, the lightning indexer).
 
-    q [M, H, D], weights [M, H], k [N, D], k_scale [N] in any float dtype, computed in float32 -> f32 [M, N]. H may be
-    the model's heads or the few routed ones. A NaN key makes its own column NaN and no other.
+    q [M, H, D], weights [M, H], k [N, D], k_scale [N] in any float dtype, heads added in their order in float32 ->
+    f32 [M, N]. H may be the model's heads or the few routed ones. A NaN key makes its own column NaN and no other.
     """
-    keys = k.float()
+    keys = k.double()
     total = torch.zeros((q.shape[0], k.shape[0]), dtype=torch.float32, device=q.device)
     for head in range(q.shape[1]):
-        total += torch.relu(q[:, head].float() @ keys.T) * weights[:, head, None].float()
+        total += torch.relu((q[:, head].double() @ keys.T).float()) * weights[:, head, None].float()
     return total * k_scale.float()
 
 
@@ -22,17 +26,17 @@ def block_means(k: torch.Tensor, k_scale: torch.Tensor, block: int) -> torch.Ten
     k [N, D] and k_scale [N] start at the request's first token, so blocks are aligned to it.
     """
     num_blocks = k.shape[0] // block
-    tokens = k[: num_blocks * block].float() * k_scale[: num_blocks * block, None].float()
-    return tokens.view(num_blocks, block, k.shape[1]).mean(dim=1)
+    tokens = k[: num_blocks * block].double() * k_scale[: num_blocks * block, None].double()
+    return tokens.view(num_blocks, block, k.shape[1]).mean(dim=1).float()
 
 
 def block_scores(q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """t[m, b] = sum_h weights[m, h] * relu(q[m, h] . kbar[b]): f32 [M, B] (HISA, arXiv 2603.28458, block-level score)."""
+    """t[m, b] = sum_h weights[m, h] * relu(q[m, h] . kbar[b]): f32 [M, B] (HISA, arXiv 2603.28458, block stage)."""
     return token_scores(q, weights, means, torch.ones(means.shape[0], device=means.device))
 
 
 def page_maxima(scores: torch.Tensor, visible: torch.Tensor, page: int) -> torch.Tensor:
-    """Best visible score of each page of `page` tokens: scores [M, N], visible [M, N] bool -> f32 [M, ceil(N / page)]."""
+    """Best visible score of each `page` tokens: scores [M, N], visible [M, N] bool -> f32 [M, ceil(N / page)]."""
     num_rows, num_tokens = scores.shape
     padded = torch.full((num_rows, -(-num_tokens // page) * page), float("-inf"), device=scores.device)
     padded[:, :num_tokens] = torch.where(visible, scores, float("-inf"))

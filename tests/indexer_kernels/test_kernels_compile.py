@@ -88,7 +88,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     for module in (head_route_kernel, block_means_kernel, block_score_kernel, routed_pack_kernel, routed_scores_kernel):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
-    outcome = {name: error for name, error in compile_all()}
+    outcome = dict(tuple(kernel) for kernel in compile_all())
     assert len(outcome) == 9
     assert outcome.pop("head_route H=64") == "RuntimeError: last line"
     assert set(outcome.values()) == {None}

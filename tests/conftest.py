@@ -1,0 +1,30 @@
+"""What every test gets: seeds derived from its own name, and a skip with a reason where the hardware is missing."""
+
+import random
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+# Reproducible runs on slow machines: no deadline, the same examples every time.
+hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True)
+def seeded_by_name(request: pytest.FixtureRequest) -> None:
+    """Unseeded random numbers of a test depend on its id alone, not on which tests ran before it."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu or e2e are skipped where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        for marker in ("gpu", "e2e"):
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: no CUDA device"))

@@ -1,0 +1,213 @@
+"""Each kernel of the gpu backend against its reference step, on awkward sizes and poisoned memory."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
+
+from indexer_kernels import IndexerParams
+from indexer_kernels.gpu import block_score_kernel, head_route_kernel, pipeline
+from indexer_kernels.gpu.deep_gemm_logits import paged_logits
+from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
+from indexer_kernels.reference.candidates import forced_units, visible_units
+from indexer_kernels.reference.choice import keep_within_budget
+from indexer_kernels.reference.routing import routing_scores
+from indexer_kernels.reference.scores import block_means, block_scores, token_scores
+from indexer_kernels.row_plan import TILE_ROWS
+from indexer_kernels.top_k import torch_top_k
+from tests.support.inputs import Batch, make_batch
+
+pytestmark = pytest.mark.gpu
+
+# fp8 products are exact in float32; what remains is the order of summation and the tensor core's accumulation.
+FP8_SCORE = 1e-3
+BF16_MEAN = 4e-3  # means are rounded to bfloat16 once
+
+SHAPES = {
+    "one row, one key": ([1], [1]),
+    "63 rows": ([63], [63]),
+    "4001 rows": ([4001], [4001]),
+    "last rows of several": ([131, 2500, 1, 4001], [131, 40, 1, 65]),
+}
+PARAMS = IndexerParams(top_k=256, active_heads=8, route_block=256, candidates=1024, block_size=128, top_blocks=8)
+
+
+def work_of(batch: Batch, params: IndexerParams = PARAMS) -> pipeline.Work:
+    pages = batch.k_pages
+    pool = pipeline.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
+    out = torch.empty((batch.plan.num_rows, params.top_k), dtype=torch.int32, device="cuda")
+    return pipeline.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, relative: float) -> None:
+    assert got.isfinite().all()
+    assert want.norm() > 0
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < relative, f"relative error {error:.2e}, allowed {relative:.0e}"
+
+
+def request_rows(batch: Batch, request: int) -> torch.Tensor:
+    return (batch.plan.row_request == request).nonzero().squeeze(1)
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request):
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=[64, 32], ids=["H64", "H32"])
+def batch(request, shape):
+    return make_batch(*shape, num_heads=request.param, device="cuda", seed=3)
+
+
+@pytest.mark.parametrize("block", [64, 128, 1024])
+def test_block_means(batch, block):
+    means = pipeline._block_means(work_of(batch), block)
+    for request, (k, k_scale) in enumerate(zip(batch.k, batch.k_scale)):
+        full = len(k) // block
+        if full:
+            assert_close(means[request, :full].float(), block_means(k, k_scale, block), BF16_MEAN)
+        assert (means[request, full:] == 0).all(), "blocks that are not full must be zero"
+
+
+@pytest.mark.parametrize("active_heads", [4, 8, 16])
+def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads):
+    params = dataclasses.replace(PARAMS, active_heads=active_heads)
+    work = work_of(batch, params)
+    means = pipeline._block_means(work, params.route_block)
+    heads = torch.full((batch.plan.num_rows, active_heads), -1, dtype=torch.int32, device="cuda")
+    head_route_kernel.build(batch.q.shape[1], active_heads, params.route_block)(
+        batch.q.view(-1, 128),
+        batch.weights,
+        means,
+        batch.plan.row_lengths,
+        batch.plan.tile_request,
+        batch.plan.tile_rows,
+        heads,
+    )
+    assert (heads.sort(dim=1).values.diff(dim=1) > 0).all(), "heads of a row must be distinct"
+    for request in range(len(batch.k)):
+        rows = request_rows(batch, request)
+        num_blocks = batch.plan.row_lengths[rows] // params.route_block
+        exact = block_means(batch.k[request], batch.k_scale[request], params.route_block)
+        # Tight against the means the kernel read, loose against means that were never rounded.
+        for statistics, tolerance in ((means[request].float(), FP8_SCORE), (exact, 5 * BF16_MEAN)):
+            routing = routing_scores(batch.q[rows], batch.weights[rows], statistics, num_blocks)
+            taken = routing.gather(1, heads[rows].long()).sort(dim=1, descending=True).values
+            best = routing.sort(dim=1, descending=True).values[:, :active_heads]
+            assert torch.allclose(taken, best, rtol=tolerance, atol=1e-6)
+        without = num_blocks == 0
+        first = torch.arange(active_heads, dtype=torch.int32, device="cuda")
+        assert (heads[rows][without].sort(dim=1).values == first).all(), "ties go to the lower head"
+
+
+@pytest.mark.parametrize("active_heads", [4, 8, 16])
+def test_routed_scan_scores_tokens_and_page_maxima(batch, active_heads):
+    params = dataclasses.replace(PARAMS, active_heads=active_heads)
+    work = work_of(batch, params)
+    routed = pipeline._route(work)
+    plan = batch.plan
+    width = pipeline._whole_stages(pipeline._table_pages(work), active_heads)
+    pages, tiles = pipeline._pages(plan.tile_length), slice(0, plan.num_tiles)
+    tokens = pipeline._routed_scan(work, routed, pages, tiles, width, 64)
+    maxima = pipeline._routed_scan(work, routed, pages, tiles, width, 4)
+    # The packed queries say which heads the kernel scored: unpack them for the reference.
+    q = routed.q.view(torch.uint8).view(plan.num_tiles, 2, active_heads, 8, 128).permute(0, 1, 3, 2, 4)
+    q = q.reshape(-1, active_heads, 128).view(torch.float8_e4m3fn)
+    gate = routed.gate.view(plan.num_tiles, 2, active_heads, 8).permute(0, 1, 3, 2).reshape(-1, active_heads)
+    for request in range(len(batch.k)):
+        rows = request_rows(batch, request)
+        places = plan.row_place[rows].long()
+        want = token_scores(q[places], gate[places], batch.k[request], batch.k_scale[request])
+        length = want.shape[1]
+        visible = visible_units(plan.row_lengths[rows], length, 1)
+        assert_close(tokens[places, :length][visible], want[visible], FP8_SCORE)
+        full = length // 16
+        if full:
+            best = want[:, : full * 16].view(len(rows), full, 16).amax(dim=2)
+            ends = (torch.arange(full, device="cuda") + 1) * 16 <= plan.row_lengths[rows][:, None]
+            if ends.any():
+                assert_close(maxima[places, :full][ends], best[ends], FP8_SCORE)
+
+
+def test_block_score(batch):
+    work = work_of(batch)
+    plan = batch.plan
+    means = pipeline._block_means(work, PARAMS.block_size)
+    scores = torch.full((plan.num_tiles * TILE_ROWS, means.shape[1]), float("nan"), device="cuda")
+    for splits in (1, 3):
+        block_score_kernel.build(batch.q.shape[1], PARAMS.block_size)(
+            batch.q.view(-1, 128),
+            batch.weights,
+            means,
+            plan.tile_request,
+            plan.tile_rows,
+            plan.tile_length,
+            torch.arange(splits, dtype=torch.int32, device="cuda"),
+            scores.fill_(float("nan")),
+            0,
+        )
+        for request in range(len(batch.k)):
+            rows = request_rows(batch, request)
+            want = block_scores(batch.q[rows], batch.weights[rows], means[request].float())
+            full = visible_units(plan.row_lengths[rows] // PARAMS.block_size, means.shape[1], 1)
+            if full.any():
+                assert_close(scores[plan.row_place[rows].long()][full], want[full], FP8_SCORE)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("budget", "unit_pages", "values"), [(8, 1, 4), (16, 2, 1), (128, 1, 1)])
+def test_page_select_is_exact(shape, budget, unit_pages, values, ties):
+    batch = make_batch(*shape, device="cuda", seed=5)
+    plan, unit, local = batch.plan, 64 * unit_pages, 100
+    max_units = -(-plan.max_length // unit)
+    scores = torch.randn(plan.num_tiles * TILE_ROWS, max_units * values + 8, device="cuda")
+    if ties:
+        scores = (scores * 2).round() * torch.where(torch.rand_like(scores) < 0.5, 1.0, -1.0)
+    chosen = empty_candidates(plan.num_rows, budget * unit_pages, torch.device("cuda"))
+    chosen.physical.fill_(-7)
+    rows = plan.tile_rows.flatten()
+    page_select(
+        scores,
+        rows,
+        plan.row_lengths,
+        plan.row_request,
+        batch.page_table,
+        chosen,
+        plan.max_length,
+        unit_pages,
+        values,
+        local,
+    )
+    unit_scores = scores[plan.row_place.long(), : max_units * values].view(plan.num_rows, max_units, values).amax(2)
+    visible = visible_units(plan.row_lengths, max_units, unit)
+    forced = forced_units(plan.row_lengths, max_units, unit, unit, local)
+    kept = keep_within_budget(unit_scores, visible, forced, budget)
+    for row in range(0, plan.num_rows, max(1, plan.num_rows // 97)):
+        length = batch.lengths[row]
+        units = kept[row].nonzero().flatten().tolist()
+        pages = [u * unit_pages + p for u in units for p in range(unit_pages) if (u * unit_pages + p) * 64 < length]
+        assert chosen.logical[row, : len(pages)].tolist() == pages, "ascending, the partial last page last"
+        table = batch.page_table[batch.row_request[row]]
+        assert chosen.physical[row, : len(pages)].tolist() == table[pages].tolist()
+        assert int(chosen.counts[row]) == sum(min(64, length - 64 * page) for page in pages)
+        assert ((chosen.physical[row] >= 0) & (chosen.physical[row] < len(batch.k_pages))).all(), "unused: a real page"
+
+
+def test_paged_logits_of_chosen_pages(batch):
+    for request in range(len(batch.k)):
+        rows = request_rows(batch, request)[-3:]
+        length = len(batch.k[request])
+        pages = list(range(0, -(-length // 64), 2))
+        count = sum(min(64, length - 64 * page) for page in pages)
+        table = batch.page_table[request][pages].expand(len(rows), -1).contiguous()
+        counts = torch.full((len(rows),), count, dtype=torch.int32, device="cuda")
+        got = paged_logits(batch.q[rows], batch.weights[rows], batch.k_pages, table, counts)[:, :count]
+        tokens = torch.cat([torch.arange(64 * page, min(64 * page + 64, length)) for page in pages])
+        want = token_scores(
+            batch.q[rows], batch.weights[rows], batch.k[request][tokens.cuda()], batch.k_scale[request][tokens.cuda()]
+        )
+        assert_close(got, want, FP8_SCORE)

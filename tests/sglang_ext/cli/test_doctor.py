@@ -1,0 +1,150 @@
+"""`sglang-ext doctor`: exit codes and wording, with the machine replaced by what each case needs."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from sglang_ext.cli import doctor_checks
+from sglang_ext.cli.doctor_checks import Check, Model, check_gpu, check_hooks, check_kernels, check_phase, model_of
+from sglang_ext.cli.main import main
+from sglang_ext.settings import Settings
+
+GOOD = Check("stub", "ok", "fine")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SGLANG_EXT_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    """A machine on which every check is content."""
+    for name in ("check_gpu", "check_sglang", "check_hooks"):
+        monkeypatch.setattr(doctor_checks, name, lambda *_: GOOD)
+    monkeypatch.setattr(doctor_checks, "check_kernels", lambda params, heads: iter([GOOD]))
+
+
+def findings(capsys, *arguments):
+    code = main(["doctor", "--json", *arguments])
+    content = json.loads(capsys.readouterr().out)
+    return code, {check["name"]: check for check in content["checks"]}, content
+
+
+def test_healthy_machine(healthy, capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "no problems" in out and "all defaults" in out and "problem " not in out
+
+
+def test_phases_and_reasons_are_shown(healthy, capsys, monkeypatch):
+    monkeypatch.setenv("SGLANG_EXT_PREFILL_MODE", "misa_rerank")
+    code, checks, content = findings(capsys)
+    assert code == 0 and content["settings"]["prefill_mode"] == "misa_rerank"
+    shown = {name: check["detail"] for name, check in checks.items() if name.startswith("would run")}
+    assert any("prefill" in name and "misa_rerank" in detail for name, detail in shown.items()), shown
+    assert any("decode" in name for name in shown), shown
+    assert checks["settings"]["detail"] == "prefill_mode=misa_rerank"
+
+
+@pytest.mark.parametrize("broken", ["check_gpu", "check_sglang", "check_hooks"])
+def test_any_problem_is_exit_code_1(healthy, broken, capsys, monkeypatch):
+    monkeypatch.setattr(doctor_checks, broken, lambda *_: Check("stub", "problem", "broken"))
+    assert main(["doctor"]) == 1
+    assert "problems: 1" in capsys.readouterr().out
+
+
+def test_kernel_errors_are_a_problem(healthy, capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor_checks, "check_kernels", lambda *_: iter([GOOD, Check("kernel x", "problem", "spilled")])
+    )
+    assert main(["doctor"]) == 1
+    assert main(["doctor", "--skip-kernels"]) == 0
+
+
+def test_bad_settings_are_a_problem(healthy, capsys, monkeypatch):
+    monkeypatch.setenv("SGLANG_EXT_MODE", "mias")
+    code, checks, content = findings(capsys)
+    assert code == 1 and content["settings"] is None
+    assert checks["settings"]["status"] == "problem" and "mias" in checks["settings"]["detail"]
+
+
+def test_settings_of_the_model_config(healthy, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"sglang_ext": {"mode": "hisa"}, "index_n_heads": 32}))
+    code, checks, content = findings(capsys, "--model-path", str(tmp_path))
+    assert code == 0 and content["settings"]["mode"] == "hisa"
+
+
+def test_missing_model_config_is_a_user_error(tmp_path, capsys):
+    assert main(["doctor", "--model-path", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"sglang-ext doctor: error: --model-path {tmp_path} has no config.json\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "status"), [((9, 0), "ok"), ((8, 0), "problem"), ((10, 0), "problem"), (None, "problem")]
+)
+def test_gpu(capability, status, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    check = check_gpu()
+    assert check.status == status
+    assert "Card" in check.detail if capability else "no CUDA device" in check.detail
+
+
+def test_hooks_of_the_installed_sglang():
+    pytest.importorskip("sglang", reason="the sglang extra is not installed")
+    assert check_hooks().status == "ok"
+
+
+def test_without_sglang_hooks_are_skipped(monkeypatch):
+    monkeypatch.setattr(doctor_checks.importlib.util, "find_spec", lambda name: None)
+    assert check_hooks().status == "skipped"
+    (kernels,) = check_kernels(None, 64)
+    assert kernels.status == "skipped" and "TileLang is not installed" in kernels.detail
+
+
+def test_kernels_need_a_compiler(monkeypatch):
+    monkeypatch.setattr(doctor_checks.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor_checks.shutil, "which", lambda name: None)
+    (kernels,) = check_kernels(None, 64)
+    assert kernels.status == "skipped" and "nvcc" in kernels.detail
+
+
+def test_shape_comes_from_the_model():
+    assert model_of({"index_n_heads": 32, "index_topk": 1024}) == Model(32, 1024)
+    assert model_of({}) == model_of(None) == Model(64, 2048)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phase", "shown"),
+    [
+        ({}, "prefill", "8K: native (below_break_even), 32K: misa_rerank (auto_selected), 128K: misa_rerank"),
+        ({}, "decode", "128K: native (auto_decode_native)"),
+        ({"decode_mode": "hisa"}, "decode", "8K: hisa (configured)"),
+        ({"mode": "native"}, "prefill", "128K: native (configured_native)"),
+    ],
+)
+def test_phase_follows_the_policy(settings, phase, shown):
+    pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+    check = check_phase(phase, Settings(**settings), Model(64, 2048))
+    assert check.status == "ok" and shown in check.detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "why"),
+    [
+        ({"mode": "group_rerank"}, Model(64, 2048), "group_rerank"),
+        ({"mode": "hisa"}, Model(16, 2048), "16 indexer heads"),
+        ({"mode": "misa", "active_heads": 5}, Model(64, 2048), "active_heads=5"),
+        ({"mode": "misa"}, Model(64, 4096), "index_topk=4096"),
+    ],
+)
+def test_a_mode_without_kernels_is_a_problem(settings, model, why):
+    pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+    check = check_phase("prefill", Settings(**settings), model)
+    assert check.status == "problem" and why in check.detail and "native (no_kernel)" in check.detail

@@ -1,0 +1,103 @@
+"""The counters of /server_info: what is counted under which key, and that all of it can be sent."""
+
+import json
+import logging
+import threading
+
+import pytest
+import torch
+
+from indexer_kernels import MODES
+from sglang_ext.counters import Counters
+
+CPU = torch.device("cpu")
+
+
+def test_empty():
+    assert Counters().snapshot() == {"calls": [], "captured": [], "device_runs": {}}
+
+
+def test_calls_and_rows_add_up_per_phase_mode_and_reason():
+    counters = Counters()
+    for phase, mode, reason, rows in [
+        ("prefill", "hisa", "configured", 5),
+        ("prefill", "hisa", "configured", 7),
+        ("prefill", "native", "native_layer", 5),
+        ("prefill", "native", "too_long", 1),
+        ("decode", "hisa", "configured", 0),
+    ]:
+        counters.count(phase, mode, reason, rows)
+    assert counters.snapshot()["calls"] == [
+        {"phase": "decode", "mode": "hisa", "reason": "configured", "calls": 1, "rows": 0},
+        {"phase": "prefill", "mode": "hisa", "reason": "configured", "calls": 2, "rows": 12},
+        {"phase": "prefill", "mode": "native", "reason": "native_layer", "calls": 1, "rows": 5},
+        {"phase": "prefill", "mode": "native", "reason": "too_long", "calls": 1, "rows": 1},
+    ]
+
+
+def test_only_the_first_of_a_kind_is_logged(caplog):
+    counters = Counters()
+    with caplog.at_level(logging.INFO, "sglang_ext"):
+        for _ in range(3):
+            counters.count("prefill", "hisa", "configured", 5)
+        counters.count("prefill", "native", "too_long", 5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "prefill runs hisa: configured",
+        "prefill runs native: too_long",
+    ]
+
+
+def test_captures_are_kept_per_size():
+    counters = Counters()
+    for rows in (8, 8, 16):
+        counters.count_capture("decode", "misa", rows)
+    assert counters.snapshot()["captured"] == [
+        {"phase": "decode", "mode": "misa", "rows": 8, "calls": 2},
+        {"phase": "decode", "mode": "misa", "rows": 16, "calls": 1},
+    ]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", MODES)
+def test_device_runs(phase, mode):
+    counters = Counters()
+    counters.step_device(phase, mode, CPU)
+    counters.step_device(phase, mode, CPU)
+    assert counters.snapshot()["device_runs"] == {f"{phase}/{mode}": 2}
+
+
+def test_device_memory_stays_where_a_captured_graph_wrote_it():
+    counters = Counters()
+    memory = counters.prepare_device(CPU)
+    counters.step_device("decode", "hisa", CPU)
+    assert counters.prepare_device(CPU) is memory
+    assert int(memory.sum()) == 1
+
+
+def test_a_snapshot_is_a_copy_and_can_be_sent():
+    counters = Counters()
+    counters.count("prefill", "hisa", "configured", 5)
+    counters.count_capture("decode", "misa", 8)
+    counters.step_device("prefill", "hisa", CPU)
+    first = counters.snapshot()
+    assert json.loads(json.dumps(first)) == first
+    counters.count("prefill", "hisa", "configured", 5)
+    assert first["calls"][0]["calls"] == 1
+
+
+def test_counting_from_threads_loses_nothing():
+    counters = Counters()
+
+    def work() -> None:
+        for _ in range(500):
+            counters.count("prefill", "hisa", "configured", 2)
+            counters.count_capture("decode", "misa", 8)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    snapshot = counters.snapshot()
+    assert snapshot["calls"][0]["calls"] == 4000 and snapshot["calls"][0]["rows"] == 8000
+    assert snapshot["captured"][0]["calls"] == 4000

@@ -1,0 +1,99 @@
+"""What runs, and why: every reason is reached from plain values."""
+
+import dataclasses
+
+import pytest
+
+from indexer_kernels import MODES
+from sglang_ext.policy import (
+    AUTO_PREFILL,
+    BY_CHOICE,
+    UNSUPPORTED,
+    BatchView,
+    Decision,
+    asks,
+    choose,
+    mode_to_try,
+)
+from sglang_ext.settings import SERVE_MODES, Settings
+
+LONG = Settings().prefill_min_tokens
+
+
+def prefill(*lengths: int, unsupported: str | None = None) -> BatchView:
+    return BatchView("prefill", 8, lengths, max(lengths, default=0), unsupported)
+
+
+def decode(unsupported: str | None = None) -> BatchView:
+    return BatchView("decode", 4, None, 1 << 17, unsupported)
+
+
+TABLE = [
+    # auto prefill: the longest request decides, its length counts from the threshold on
+    (Settings(), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(LONG - 1), Decision("native", "below_break_even")),
+    (Settings(), prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
+    (Settings(prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
+    (Settings(mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    # no lengths known, or none at all: the bound decides
+    (Settings(), BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
+    (Settings(), prefill(), Decision("native", "below_break_even")),
+    # auto decode
+    (Settings(), decode(), Decision("native", "auto_decode_native")),
+    (Settings(mode="hisa", decode_mode="auto"), decode(), Decision("native", "auto_decode_native")),
+    # a mode set explicitly runs at any length
+    *[(Settings(mode=mode), prefill(1), Decision(mode, "configured")) for mode in MODES if mode != "native"],
+    *[(Settings(mode=mode), decode(), Decision(mode, "configured")) for mode in MODES if mode != "native"],
+    (Settings(decode_mode="hisa"), decode(), Decision("hisa", "configured")),
+    (Settings(mode="hisa", prefill_mode="misa"), prefill(5), Decision("misa", "configured")),
+    # native by choice
+    (Settings(mode="native"), prefill(LONG), Decision("native", "configured_native")),
+    (Settings(mode="native"), decode(), Decision("native", "configured_native")),
+    (Settings(mode="hisa", decode_mode="native"), decode(), Decision("native", "configured_native")),
+    (Settings(prefill_mode="native"), prefill(LONG), Decision("native", "configured_native")),
+    # what was chosen native needs no support, and is not called unsupported
+    (Settings(mode="native"), prefill(LONG, unsupported="hisparse"), Decision("native", "configured_native")),
+    (Settings(), decode("hisparse"), Decision("native", "auto_decode_native")),
+    # unsupported beats every mode asked for, whatever the length
+    *[(Settings(mode="hisa"), prefill(9, unsupported=reason), Decision("native", reason)) for reason in UNSUPPORTED],
+    *[(Settings(mode="hisa"), decode(reason), Decision("native", reason)) for reason in UNSUPPORTED],
+    (Settings(), prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
+    (Settings(), prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
+]
+
+
+@pytest.mark.parametrize(("settings", "batch", "want"), TABLE)
+def test_choose(settings, batch, want):
+    assert choose(batch, settings) == want
+
+
+def test_the_table_reaches_every_reason():
+    reached = {want.reason for _, _, want in TABLE}
+    # A layer kept native is known per layer, after the forward's decision (test_stage.py).
+    assert reached == set(UNSUPPORTED) | BY_CHOICE - {"native_layer"}
+
+
+def test_the_reasons_are_told_apart():
+    assert not set(UNSUPPORTED) & BY_CHOICE
+    assert all(UNSUPPORTED.values())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", SERVE_MODES)
+def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode):
+    settings = Settings(**{f"{phase}_mode": mode})
+    longest = BatchView(phase, 1, (1 << 20,) if phase == "prefill" else None, 1 << 20)
+    outcome = choose(longest, settings).mode
+    assert asks(phase, settings) == (outcome != "native")
+    if asks(phase, settings):
+        assert mode_to_try(phase, settings) == outcome
+
+
+def test_the_same_question_has_the_same_answer():
+    batch, settings = prefill(LONG, 3), Settings()
+    before = (batch, dataclasses.astuple(settings))
+    assert choose(batch, settings) == choose(batch, settings)
+    assert (batch, dataclasses.astuple(settings)) == before
