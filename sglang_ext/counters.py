@@ -12,7 +12,7 @@ logger = logging.getLogger("sglang_ext")
 
 
 class Counters:
-    """Counts layer calls and rows per (phase, mode, reason), and runs on the device.
+    """Counts forwards, layer calls and rows per (phase, mode, reason), and runs on the device.
 
     Host counters step when Python runs: under a CUDA graph at capture, not at replay. `device_runs` steps on the GPU
     inside the stage of one layer, so replays count too.
@@ -22,6 +22,7 @@ class Counters:
         self._lock = threading.Lock()
         self._calls: Counter[tuple[str, str, str]] = Counter()
         self._rows: Counter[tuple[str, str, str]] = Counter()
+        self._forwards: Counter[tuple[str, str, str]] = Counter()
         self._captured: Counter[tuple[str, str, int]] = Counter()
         self._device_runs: torch.Tensor | None = None
 
@@ -34,6 +35,11 @@ class Counters:
             self._rows[key] += rows
         if first:
             logger.info("%s runs %s: %s", phase, mode, reason)
+
+    def count_forward(self, phase: str, mode: str, reason: str) -> None:
+        """One forward's decision, whatever single layers make of it."""
+        with self._lock:
+            self._forwards[(phase, mode, reason)] += 1
 
     def count_capture(self, phase: str, mode: str, rows: int) -> None:
         """One layer's call that a CUDA graph recorded."""
@@ -57,8 +63,13 @@ class Counters:
         """Plain values. Waits for the GPU: not for the forward path."""
         with self._lock:
             calls, rows, captured = dict(self._calls), dict(self._rows), dict(self._captured)
+            forwards = dict(self._forwards)
         runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
         return {
+            "forwards": [
+                {"phase": phase, "mode": mode, "reason": reason, "forwards": n}
+                for (phase, mode, reason), n in sorted(forwards.items())
+            ],
             "calls": [
                 {"phase": phase, "mode": mode, "reason": reason, "calls": n, "rows": rows[(phase, mode, reason)]}
                 for (phase, mode, reason), n in sorted(calls.items())

@@ -20,10 +20,13 @@ def register() -> None:
         settings = load_settings(None, os.environ)
     except ValueError as error:
         raise SystemExit(f"sglang-ext: {error}") from None
-    from sglang_ext import sglang_hooks
-    from sglang_ext.stage import Stage
+    try:
+        from sglang_ext import sglang_hooks
+        from sglang_ext.stage import Stage
 
-    problems = sglang_hooks.verify(settings.runtime_switch)
+        problems = sglang_hooks.verify(settings.runtime_switch)
+    except ImportError as error:
+        problems = [f"cannot be imported here: {error}"]
     if problems:
         if settings.strict:
             raise SystemExit(f"sglang-ext (strict): {'; '.join(problems)}")

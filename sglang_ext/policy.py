@@ -13,8 +13,9 @@ CONFIGURED_NATIVE = "configured_native"
 BELOW_BREAK_EVEN = "below_break_even"
 AUTO_DECODE_NATIVE = "auto_decode_native"
 NATIVE_LAYER = "native_layer"
+PROMPT_UNKNOWN = "prompt_unknown"  # native_tail_rows in a forward without requests: SGLang's warm-up and graph capture
 BY_CHOICE = frozenset(
-    {CONFIGURED, AUTO_SELECTED, CONFIGURED_NATIVE, BELOW_BREAK_EVEN, AUTO_DECODE_NATIVE, NATIVE_LAYER}
+    {CONFIGURED, AUTO_SELECTED, CONFIGURED_NATIVE, BELOW_BREAK_EVEN, AUTO_DECODE_NATIVE, NATIVE_LAYER, PROMPT_UNKNOWN}
 )
 # Reasons by which a requested mode could not run; strict ends the server on them.
 UNSUPPORTED = {
@@ -26,6 +27,8 @@ UNSUPPORTED = {
     "index_topk": "the model selects more than 2048 tokens",
     "head_dim": "the indexer's head dim is not 128",
     "forced_tokens": "the model config forces initial or local tokens",
+    "kpool": "the model's indexer is the k-pool variant",
+    "two_batch_overlap": "native_tail_rows does not know the prompts of a batch that two-batch overlap has split",
     "rows_mismatch": "page table, lengths and query rows do not belong together",
     "too_long": "the context is longer than the kernels hold",
     "no_kernel": "the gpu backend has no kernels for this mode, model or GPU",

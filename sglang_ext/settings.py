@@ -34,7 +34,7 @@ class Settings:
     mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
     decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
-    strict: bool = _setting(False, "end the server instead of falling back to SGLang's own indexer")
+    strict: bool = _setting(False, "end the server where SGLang's own indexer would run in place of a requested mode")
     active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
     route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
     candidates: int = _setting(DEFAULTS.candidates, "misa_rerank, group_rerank: tokens that all heads re-rank")
@@ -47,7 +47,7 @@ class Settings:
     native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")
     prefill_min_tokens: int = _setting(24576, "`auto`: prefill of shorter contexts keeps SGLang's own indexer")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
-    runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode while serving")
+    runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, SERVE_MODES)
@@ -143,7 +143,8 @@ def _parse(name: str, value: Any) -> Any:
 
 def _layers(value: Any) -> tuple[int, ...]:
     """`0-2,60`, or a list of integers, as a sorted tuple."""
-    parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+    listed = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = [str(part).strip() for part in listed]
     layers: set[int] = set()
     for part in filter(None, parts):
         first, dash, last = part.partition("-")

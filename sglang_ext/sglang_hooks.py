@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -18,20 +19,23 @@ SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
 INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer"
 FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+KPOOL_INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool"
 STATE_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 RUNTIME_SWITCH_KEY = "sglang_ext_prefill_mode"
 
 
 class Hook(NamedTuple):
-    """One method of SGLang that the plugin wraps. parameters: what its signature must begin with, in order."""
+    """One method of SGLang that the plugin wraps.
+
+    parameters: its parameters in order; where it is wrapped AROUND, all of them, else those it must begin with.
+    """
 
     target: str
     kind: HookType
     parameters: tuple[str, ...]
     why: str
     make: Callable[[Stage], Callable[..., Any]]
-    optional: bool = False
 
 
 def hooks() -> tuple[Hook, ...]:
@@ -72,15 +76,22 @@ def hooks() -> tuple[Hook, ...]:
             "show version, settings and counters at /server_info",
             _after_get_internal_state,
         ),
-        Hook(
-            f"{STATE_CONTROLLER}._update_handlers",
-            HookType.AFTER,
-            ("self",),
-            "let POST /set_internal_state change the prefill mode (runtime_switch)",
-            _after_update_handlers,
-            optional=True,
-        ),
     )
+
+
+def wanted_hooks(runtime_switch: bool) -> list[Hook]:
+    """`hooks`, and those that only some SGLang versions or settings call for."""
+    wanted = list(hooks())
+    if importlib.util.find_spec(KPOOL_INDEXER.rpartition(".")[0]) is not None:  # from 0.5.20 on
+        why = "refuse models whose indexer is another class, which no hook reaches"
+        target, parameters = f"{KPOOL_INDEXER}.__init__", ("self", "hidden_size", "index_n_heads")
+        wanted.append(Hook(target, HookType.AFTER, parameters, why, _after_kpool_init))
+    if runtime_switch:
+        why = "let POST /set_internal_state change the prefill mode (runtime_switch)"
+        wanted.append(
+            Hook(f"{STATE_CONTROLLER}._update_handlers", HookType.AFTER, ("self",), why, _after_update_handlers)
+        )
+    return wanted
 
 
 def verify(runtime_switch: bool = False) -> list[str]:
@@ -92,17 +103,15 @@ def verify(runtime_switch: bool = False) -> list[str]:
     for hook in wanted_hooks(runtime_switch):
         try:
             found = tuple(inspect.signature(pkgutil.resolve_name(hook.target)).parameters)
-        except (ImportError, AttributeError) as error:
-            problems.append(f"{hook.target} is not there ({error})")
+        except Exception as error:
+            # Importing SGLang's modules runs their code, which can fail in any way; what it was is reported.
+            problems.append(f"{hook.target} is not there ({type(error).__name__}: {error})")
             continue
-        if found[: len(hook.parameters)] != hook.parameters:
-            problems.append(f"{hook.target} has parameters {found}, expected them to begin with {hook.parameters}")
+        exact = hook.kind is HookType.AROUND
+        if (found if exact else found[: len(hook.parameters)]) != hook.parameters:
+            wanted = "" if exact else "them to begin with "
+            problems.append(f"{hook.target} has parameters {found}, expected {wanted}{hook.parameters}")
     return problems
-
-
-def wanted_hooks(runtime_switch: bool) -> list[Hook]:
-    """The hooks of a setting: the optional one only where it is asked for."""
-    return [hook for hook in hooks() if runtime_switch or not hook.optional]
 
 
 def install(stage: Stage) -> None:
@@ -161,10 +170,9 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             attention,
             extend_lengths=metadata.get_dsa_extend_len_cpu(),
             lengths=metadata.get_indexer_seq_len_cpu,
-            prompt_lengths=getattr(forward_batch, "sglang_ext_prompt_lengths", None),
             page_table=metadata.get_page_table_64(),
             q=q_fp8,
-            unsupported=lambda: _unsupported(indexer, attention, pool),
+            unsupported=lambda: _unsupported(indexer, attention, pool) or _split_prompts(stage, forward_batch),
         )
         if not stage.takes(forward, layer_id):
             return native()
@@ -202,6 +210,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         mode = forward_batch.forward_mode
         expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
         forward = stage.decode(
+            attention,
             lengths=metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32(),
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
@@ -227,15 +236,26 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
     return hook
 
 
+def _after_kpool_init(stage: Stage) -> Callable[..., None]:
+    def hook(_result: None, *_args: Any, **_kwargs: Any) -> None:
+        stage.refuse_model("kpool")
+
+    return hook
+
+
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
         if not stage.settings.native_tail_rows or not result.forward_mode.is_extend_without_speculative():
             return
+        if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
+            return
         decoding = {id(request) for request in (batch.decoding_reqs or ())}
         # A decoding request of a mixed batch has no prompt row left: a length no row can be near.
-        result.sglang_ext_prompt_lengths = [
+        whole = [
             1 << 40 if id(request) in decoding else len(request.full_untruncated_fill_ids) for request in batch.reqs
         ]
+        # Noted on the stage, not on this batch: a prefill graph replays with a ForwardBatch of its own.
+        stage.note_prompts(result.seq_lens_cpu.tolist(), result.extend_seq_lens_cpu, whole)
 
     return hook
 
@@ -284,6 +304,11 @@ def _unsupported(indexer: Any, attention: Any, pool: Any) -> str | None:
     if getattr(_attention_backend(), "hisparse_coordinator", None) is not None:
         return "hisparse"
     return None
+
+
+def _split_prompts(stage: Stage, forward_batch: Any) -> str | None:
+    split = getattr(forward_batch, "tbo_parent_token_range", None) is not None
+    return "two_batch_overlap" if split and stage.settings.native_tail_rows else None
 
 
 class Output(NamedTuple):

@@ -18,15 +18,28 @@ from sglang_ext.settings import SERVE_MODES, Settings, load_settings
 
 logger = logging.getLogger("sglang_ext")
 
+KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
+
 
 @dataclass(slots=True)
 class Forward:
-    """What one forward runs, the same for all its layers. parts: (mode, its rows)."""
+    """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
+    from.
+    """
 
     phase: str
     decision: Decision
     num_rows: int
     parts: tuple[tuple[str, Rows], ...] = ()
+    made_of: tuple[torch.Tensor, ...] = ()
+
+
+class Prompts(NamedTuple):
+    """The requests of a prefill batch: tokens they see, rows they bring, tokens of their whole prompts."""
+
+    seen: tuple[int, ...]
+    extend: tuple[int, ...]
+    whole: list[int]
 
 
 class Model(NamedTuple):
@@ -38,7 +51,7 @@ class Model(NamedTuple):
 
 
 class Stage:
-    """Decides and runs. `attention` is SGLang's per-forward metadata: a prefill's decision and plan are kept on it."""
+    """Decides and runs. `attention` is SGLang's per-forward metadata, on which decision and plan are kept."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
         self.settings = settings
@@ -47,6 +60,8 @@ class Stage:
         self._top_k_kernel = top_k_kernel
         self._models: set[Model] = set()
         self._layers: set[int] = set()
+        self._prompts: Prompts | None = None
+        self._refusals: dict[tuple[Any, ...], str | None] = {}
         self._unsupported_logged: set[str] = set()
 
     def start(
@@ -60,17 +75,16 @@ class Stage:
     ) -> None:
         """Called as each indexer is built: read the model config's settings, compile its kernels once.
 
-        Raises ValueError for a wrong setting, RuntimeError under strict for a mode that no forward could run.
+        The first model is the served one; a draft model that follows has the same settings. Raises ValueError for a
+        wrong setting, RuntimeError under strict for a mode that no forward could run.
         """
         self._layers.add(layer_id)
         model = Model(num_heads, head_dim, top_k)
         if model in self._models:
             return
+        if not self._models:
+            self._read_model_config(model_config)
         self._models.add(model)
-        settings = load_settings(model_config, self._environ)
-        if settings != self.settings:
-            self.settings = settings
-            logger.info("settings with the model config's: %s", settings.as_dict())
         if device.type != "cuda" or head_dim != 128 or top_k > 2048:
             return
         self.counters.prepare_device(device)
@@ -85,18 +99,26 @@ class Stage:
             elif self.settings.backend != "reference":
                 self._compile(num_heads, top_k)
 
+    def refuse_model(self, reason: str) -> None:
+        """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
+        if any(policy.asks(phase, self.settings) for phase in ("prefill", "decode")):
+            self._reject(f"{policy.UNSUPPORTED[reason]} ({reason})")
+
+    def note_prompts(self, seen: Sequence[int], extend: Sequence[int], whole: list[int]) -> None:
+        """The requests of the batch whose forward comes next, for native_tail_rows."""
+        self._prompts = Prompts(tuple(seen), tuple(extend), whole)
+
     def prefill(
         self,
         attention: object,
         extend_lengths: Sequence[int],
         lengths: Callable[[], torch.Tensor],
-        prompt_lengths: list[int] | None,
         page_table: torch.Tensor,
         q: torch.Tensor,
         unsupported: Callable[[], str | None],
     ) -> Forward:
         """The forward's decision and plan, made at its first layer. lengths() is SGLang's CPU copy: no device read."""
-        forward = getattr(attention, "sglang_ext_forward", None)
+        forward = getattr(attention, KEPT, None)
         if forward is not None:
             return forward
         seen = tuple(int(length) for length in lengths().tolist())
@@ -111,13 +133,14 @@ class Stage:
                 view = view._replace(unsupported="rows_mismatch")
         forward = Forward("prefill", self._decide(view), rows)
         if forward.decision.mode != "native":
-            forward.parts = self._prefill_parts(forward.decision.mode, seen, extend, prompt_lengths, q.device)
+            self._plan_prefill(forward, seen, extend, q.device)
         # SGLang's metadata is frozen; it sets attributes on it the same way.
-        object.__setattr__(attention, "sglang_ext_forward", forward)
+        object.__setattr__(attention, KEPT, forward)
         return forward
 
     def decode(
         self,
+        attention: object,
         lengths: torch.Tensor,
         page_table: torch.Tensor,
         num_rows: int,
@@ -126,22 +149,32 @@ class Stage:
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
 
-        Planned at every layer: a plan made inside a capture lives in that graph's memory and must not outlive it.
+        SGLang refreshes a graph's metadata in place, so a plan kept on it follows the lengths of every replay. It is
+        made in the eager runs before a capture; one made inside would live in that graph's memory, and is not kept.
         """
+        kept = getattr(attention, KEPT, None)
+        if kept is not None and _same(kept.made_of, (lengths, page_table)) and kept.num_rows == num_rows:
+            return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", self.settings):
             view = self._supported(view._replace(unsupported=unsupported()), q)
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view)
-        if decision.mode == "native":
-            return Forward("decode", decision, num_rows)
-        plan = plan_decode(lengths, page_table.shape[1])
-        return Forward("decode", decision, num_rows, ((decision.mode, Rows(plan)),))
+        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
+        if decision.mode != "native":
+            plan = plan_decode(lengths, page_table.shape[1])
+            forward.parts = ((decision.mode, Rows(plan)),)
+            if plan.row_lengths is not lengths or _capturing(q.device):
+                return forward
+        object.__setattr__(attention, KEPT, forward)
+        return forward
 
     def takes(self, forward: Forward, layer_id: int) -> bool:
         """Whether this layer runs the forward's mode. Counts the call either way."""
         mode, reason = forward.decision
+        if layer_id == min(self._layers, default=layer_id):
+            self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
@@ -160,7 +193,7 @@ class Stage:
     ) -> None:
         """Fill out with the selection of this layer's queries."""
         if q.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
+            if _capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
             if layer_id == self._counting_layer():
                 self.counters.step_device(forward.phase, forward.decision.mode, q.device)
@@ -186,7 +219,9 @@ class Stage:
             "version": __version__,
             "settings": self.settings.as_dict(),
             "modes": {phase: self.settings.phase_mode(phase) for phase in ("prefill", "decode")},
-            "mode_numbers": dict(enumerate(SERVE_MODES)) if self.settings.runtime_switch else {},
+            "mode_numbers": _mode_numbers() if self.settings.runtime_switch else {},
+            "indexer_layers": len(self._layers),
+            "refused": sorted(self._unsupported_logged),
             **self.counters.snapshot(),
         }
 
@@ -197,7 +232,7 @@ class Stage:
         if not self.settings.runtime_switch:
             raise ValueError("the prefill mode cannot be switched: the setting runtime_switch is off")
         if value not in range(len(SERVE_MODES)):
-            raise ValueError(f"sglang_ext_prefill_mode={value} must be one of {dict(enumerate(SERVE_MODES))}")
+            raise ValueError(f"sglang_ext_prefill_mode={value} must be one of {_mode_numbers()}")
         return SERVE_MODES[int(value)]
 
     def switch_prefill(self, value: float) -> None:
@@ -235,7 +270,10 @@ class Stage:
     def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
         if self.settings.backend == "reference":
             return None
-        return gpu_refusal(mode, q, self.settings.params(top_k))
+        key = (mode, q.shape[1:], q.device, top_k, self.settings)
+        if key not in self._refusals:
+            self._refusals[key] = gpu_refusal(mode, q, self.settings.params(top_k))
+        return self._refusals[key]
 
     def _reject(self, sentence: str) -> None:
         """SGLang's own indexer serves instead: said once, or the end of the server under strict."""
@@ -245,21 +283,27 @@ class Stage:
             self._unsupported_logged.add(sentence)
             logger.warning("SGLang's own indexer serves: %s", sentence)
 
-    def _prefill_parts(
-        self,
-        mode: str,
-        seen: tuple[int, ...],
-        extend: list[int],
-        prompt_lengths: list[int] | None,
-        device: torch.device,
-    ) -> tuple[tuple[str, Rows], ...]:
+    def _read_model_config(self, model_config: Mapping[str, Any]) -> None:
+        settings = load_settings(model_config, self._environ)
+        if settings.runtime_switch and not self.settings.runtime_switch:
+            raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
+        if settings != self.settings:
+            self.settings = settings
+            logger.info("settings with the model config's: %s", settings.as_dict())
+
+    def _plan_prefill(self, forward: Forward, seen: tuple[int, ...], extend: list[int], device: torch.device) -> None:
+        mode = forward.decision.mode
         prefixes = [length - rows for length, rows in zip(seen, extend)]
         if not self.settings.native_tail_rows:
-            return ((mode, Rows(plan_extend(prefixes, extend, device))),)
-        if prompt_lengths is None or len(prompt_lengths) != len(extend):
-            raise RuntimeError(f"native_tail_rows needs the prompt lengths of {len(extend)} requests: {prompt_lengths}")
-        body, tail = split_tail(prefixes, extend, prompt_lengths, self.settings.native_tail_rows, device)
-        return ((mode, body), ("native", tail))
+            forward.parts = ((mode, Rows(plan_extend(prefixes, extend, device))),)
+            return
+        known = self._prompts
+        if known is None or known.seen != seen or known.extend != tuple(extend) or len(known.whole) != len(seen):
+            # Not the forward of the batch made last: SGLang's warm-up and graph capture serve no request.
+            forward.decision = Decision("native", policy.PROMPT_UNKNOWN)
+            return
+        body, tail = split_tail(prefixes, extend, known.whole, self.settings.native_tail_rows, device)
+        forward.parts = ((mode, body), ("native", tail))
 
     def _compile(self, num_heads: int, top_k: int) -> None:
         """Compile before the first request, so that none waits for it (TileLang keeps the result on disk)."""
@@ -268,3 +312,15 @@ class Stage:
         for name, error in compile_all(self.settings.params(top_k), num_heads):
             if error is not None:
                 self._reject(f"kernel {name} does not compile: {error}")
+
+
+def _mode_numbers() -> dict[str, int]:
+    return {mode: number for number, mode in enumerate(SERVE_MODES)}
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _same(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right))

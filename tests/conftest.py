@@ -10,6 +10,7 @@ import torch
 # Reproducible runs on slow machines: no deadline, the same examples every time.
 hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("repo")
+torch.set_num_threads(1)  # tests are many small tensors; threads that wait for each other only cost time
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from indexer_kernels import select_paged, select_ragged, select_rows
+from indexer_kernels import MODES, IndexerParams, select_paged, select_ragged, select_rows
 from tests.support.compare import assert_same_selection, overlap
 from tests.support.inputs import make_batch, slots_of
 from tests.support.small import CASES, SMALL, brute_force_batch
@@ -75,9 +75,7 @@ def test_rows_share_little_without_reason():
 def test_default_params_at_length():
     """The papers' budgets: rows beyond all of them, against the brute force."""
     batch = make_batch([9000], [2], num_heads=2, seed=11)
-    for mode in ("native", "misa", "misa_rerank", "hisa", "group_rerank"):
-        from indexer_kernels import IndexerParams
-
-        params = IndexerParams(active_heads=1)
+    params = IndexerParams(active_heads=1)
+    for mode in MODES:
         got = select_ragged(mode, *batch.ragged, params, backend="reference")
         assert_same_selection(got, brute_force_batch(mode, batch, params), batch.lengths, params.top_k)

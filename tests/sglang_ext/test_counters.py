@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def test_empty():
-    assert Counters().snapshot() == {"calls": [], "captured": [], "device_runs": {}}
+    assert Counters().snapshot() == {"forwards": [], "calls": [], "captured": [], "device_runs": {}}
 
 
 def test_calls_and_rows_add_up_per_phase_mode_and_reason():
@@ -33,6 +33,17 @@ def test_calls_and_rows_add_up_per_phase_mode_and_reason():
         {"phase": "prefill", "mode": "native", "reason": "native_layer", "calls": 1, "rows": 5},
         {"phase": "prefill", "mode": "native", "reason": "too_long", "calls": 1, "rows": 1},
     ]
+
+
+def test_forwards():
+    counters = Counters()
+    for reason in ("configured", "configured", "too_long"):
+        counters.count_forward("prefill", "native" if reason == "too_long" else "hisa", reason)
+    assert counters.snapshot()["forwards"] == [
+        {"phase": "prefill", "mode": "hisa", "reason": "configured", "forwards": 2},
+        {"phase": "prefill", "mode": "native", "reason": "too_long", "forwards": 1},
+    ]
+    assert counters.snapshot()["calls"] == []
 
 
 def test_only_the_first_of_a_kind_is_logged(caplog):

@@ -103,13 +103,8 @@ def forced_tokens(length: int, local_tokens: int) -> set[int]:
 
 def full_block_means(row: Row, size: int) -> list[torch.Tensor]:
     """Mean dequantised key of every block that ends at or before the row's end."""
-    blocks = []
-    for start in range(0, row.length - size + 1, size):
-        total = torch.zeros(row.keys.shape[1], dtype=torch.float64)
-        for j in range(start, start + size):
-            total += row.keys[j] * row.scales[j]
-        blocks.append(total / size)
-    return blocks
+    blocks = (slice(start, start + size) for start in range(0, row.length - size + 1, size))
+    return [(row.keys[block] * row.scales[block, None]).sum(0) / size for block in blocks]
 
 
 def routed_heads(row: Row, route_block: int, active_heads: int) -> list[int]:

@@ -54,7 +54,8 @@ def assert_selection_up_to_ties(
         worse = (taken & (row < boundary - margin)).nonzero().flatten().tolist()
         missed = (~taken & (row > boundary + margin)).nonzero().flatten().tolist()
         assert not worse and not missed, (
-            f"row {m}: took {[(n, float(row[n])) for n in worse[:4]]}, left {[(n, float(row[n])) for n in missed[:4]]}, "
+            f"row {m}: took {[(n, float(row[n])) for n in worse[:4]]}, "
+            f"left {[(n, float(row[n])) for n in missed[:4]]}, "
             f"boundary {float(boundary):.6g} +- {float(margin):.2g}"
         )
 

@@ -11,7 +11,7 @@ SMALL = IndexerParams(
 )
 # Every mode, misa_rerank with both candidate units.
 CASES = {mode: (mode, SMALL) for mode in MODES} | {
-    "misa_rerank by pages": ("misa_rerank", replace(SMALL, candidate_unit="page"))
+    "misa_rerank by pages": ("misa_rerank", replace(SMALL, candidate_unit="page", candidates=384))
 }
 
 

@@ -1,0 +1,187 @@
+"""Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
+
+    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused] [--repeats 5]
+
+Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command:
+    modes         fp8 KV, ragged top-k; each prefill mode in turn in one server: greedy answers against native within
+    the budget, answers alone against concurrent and cached, time to first token interleaved over the modes
+    decode_graph  decode_mode=hisa under CUDA graphs, answers against the `modes` server's native ones within the budget
+    paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
+    unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
+A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from run_record import run_record
+from server_process import Server, launch
+from tiny_model import write_model
+
+MODES = ("native", "misa", "misa_rerank", "hisa")
+WITHIN_BUDGET = (200, 2500, 7000)
+LONG = (20000, 33000)
+CONTEXTS = (32768, 65536, 131072)
+NEW_TOKENS = 8
+
+
+class Check:
+    """Collects outcomes of one scenario; a failed one is printed at once and fails the run at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.record: dict = {"scenario": name, "run": run_record(), "failures": []}
+
+    def expect(self, holds: bool, what: str) -> None:
+        print(f"  {'ok  ' if holds else 'FAIL'} {what}", flush=True)
+        if not holds:
+            self.record["failures"].append(what)
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    """Token ids that no other seed shares a page with."""
+    letters = random.Random(seed)
+    return [letters.randrange(2, 4000) for _ in range(num_tokens)]
+
+
+def runs(server: Server, key: str) -> int:
+    return server.status()["device_runs"].get(key, 0)
+
+
+def check_modes(server: Server, check: Check, modes: tuple[str, ...]) -> None:
+    """Each prefill mode: it runs, answers like native within the budget, and the same alone, cached and concurrent."""
+    short = [prompt(n, seed=n) for n in WITHIN_BUDGET]
+    long = [prompt(n, seed=n) for n in LONG]
+    record: dict = check.record.setdefault("answers", {})
+    for mode in modes:
+        server.switch_prefill(mode)
+        before = runs(server, f"prefill/{mode}")
+        alone = []
+        for ids in short + long:
+            server.flush()
+            alone.append(server.generate(ids, NEW_TOKENS))
+        record[mode] = {"alone": alone}
+        if mode != "native":
+            check.expect(runs(server, f"prefill/{mode}") > before, f"{mode}: the device ran it")
+            same = alone[: len(short)] == record["native"]["alone"][: len(short)]
+            check.expect(same, f"{mode}: native's answers to prompts of {WITHIN_BUDGET} tokens")
+            agree = sum(a == b for a, b in zip(alone, record["native"]["alone"]))
+            record[mode]["agrees_with_native"] = f"{agree} of {len(alone)}"
+        again = [server.generate(ids, NEW_TOKENS) for ids in long[-1:]]  # its pages are still cached
+        server.flush()
+        with ThreadPoolExecutor(len(alone)) as pool:
+            together = list(pool.map(lambda ids: server.generate(ids, NEW_TOKENS), short + long))
+        record[mode] |= {"cached": again, "together": together}
+        check.expect(again == alone[-1:], f"{mode}: the same answer from the cache")
+        equal = sum(a == b for a, b in zip(alone, together))
+        record[mode]["together_equal"] = f"{equal} of {len(alone)}"
+        check.expect(equal == len(alone), f"{mode}: {equal} of {len(alone)} answers the same when served together")
+    distinct = {tuple(answer) for answer in record["native"]["alone"]}
+    check.expect(len(distinct) == len(short + long), "answers differ from prompt to prompt")
+
+
+def measure_ttft(server: Server, check: Check, repeats: int) -> None:
+    """Seconds to the first token, modes interleaved, fresh prompts: medians per context and mode."""
+    times: dict[str, dict[str, list[float]]] = {str(n): {mode: [] for mode in MODES} for n in CONTEXTS}
+    seed = 10**6
+    for context in CONTEXTS:
+        for turn in range(repeats + 1):
+            for mode in MODES:
+                server.switch_prefill(mode)
+                ids, seed = prompt(context, seed), seed + 1
+                server.flush()
+                began = time.perf_counter()
+                server.generate(ids, 1)
+                if turn:  # the first turn builds what is built lazily
+                    times[str(context)][mode].append(time.perf_counter() - began)
+    check.record["ttft_s"] = times
+    for shown_context, by_mode in times.items():
+        medians = {mode: statistics.median(values) for mode, values in by_mode.items()}
+        shown = "  ".join(f"{m} {v:.3f} s ({medians['native'] / v:.2f}x)" for m, v in medians.items())
+        print(f"  ttft {shown_context:>6}: {shown}", flush=True)
+
+
+def check_decode(server: Server, check: Check, native: list | None, graph: bool) -> None:
+    """decode_mode=hisa: it ran for every token, under graphs where they are on, and answers like native in the budget."""
+    before = runs(server, "decode/hisa")
+    answers = []
+    for num_tokens in WITHIN_BUDGET:
+        server.flush()
+        answers.append(server.generate(prompt(num_tokens, num_tokens), NEW_TOKENS))
+    long = server.generate(prompt(LONG[0], LONG[0]), 24)
+    check.record["decode_answers"] = [*answers, long]
+    ran = runs(server, "decode/hisa") - before
+    expected = (NEW_TOKENS - 1) * len(WITHIN_BUDGET) + 23
+    check.expect(ran >= expected, f"decode/hisa: {ran} runs on the device for {expected} decode steps")
+    captured = [entry for entry in server.status()["captured"] if entry["mode"] == "hisa"]
+    check.expect(bool(captured) == graph, f"decode/hisa {'in' if graph else 'without'} CUDA graphs")
+    check.expect(len(long) == 24 and len({tuple(a) for a in answers}) > 1, "long context served")
+    if native is not None:
+        check.expect(answers == native, f"decode/hisa: native's answers to prompts of {WITHIN_BUDGET} tokens")
+
+
+def run_scenario(name: str, model: Path, out: Path, repeats: int, native: list | None) -> dict:
+    check = Check(name)
+    options = {
+        "modes": ({"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"}, [], {}),
+        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa"}, [], {}),
+        "paged": (
+            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1"},
+            ["--dsa-prefill-backend", "flashmla_kv", "--disable-cuda-graph"],
+            {},
+        ),
+        "unfused": (
+            {"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"},
+            ["--enable-mixed-chunk"],
+            {"SGLANG_DSA_FUSE_TOPK": "0"},
+        ),
+    }
+    settings, extra, environ = options[name]
+    print(f"{name}: {settings} {' '.join(extra)}", flush=True)
+    with launch(model, out / f"{name}.log", {**settings, "strict": "1"}, extra, environ) as server:
+        check.record["start_s"] = server.start_s
+        if name == "modes":
+            check_modes(server, check, MODES)
+            measure_ttft(server, check, repeats)
+        elif name == "decode_graph":
+            check_decode(server, check, native, graph=True)
+        else:
+            check_modes(server, check, ("native", "misa_rerank", "hisa"))
+            if name == "paged":
+                server.switch_prefill("native")
+                check_decode(server, check, None, graph=False)
+        check.record["status"] = server.status()
+    (out / f"{name}.json").write_text(json.dumps(check.record, indent=1))
+    return check.record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused"])
+    parser.add_argument("--model", type=Path, help="model directory; default: a tiny model is written to OUT/model")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=16, help="16: one rank of 8-way tensor parallelism")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = args.model or args.out / "model"
+    if args.model is None:
+        write_model(model, args.layers, args.heads)
+    native, failures = None, []
+    for name in args.scenarios:
+        record = run_scenario(name, model, args.out, args.repeats, native)
+        if name == "modes":
+            native = record["answers"]["native"]["alone"][: len(WITHIN_BUDGET)]
+        failures += [f"{name}: {failure}" for failure in record["failures"]]
+    print("\n".join(["failed:", *failures]) if failures else "all checks passed", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""An SGLang server as a child process: start it with the plugin, talk to it, end it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ARGUMENTS = [
+    "--load-format=dummy",
+    "--host=127.0.0.1",
+    "--context-length=140000",
+    "--chunked-prefill-size=8192",
+    "--mem-fraction-static=0.6",
+    "--kv-cache-dtype=fp8_e4m3",
+    "--dsa-prefill-backend=flashmla_sparse",
+    "--dsa-decode-backend=flashmla_kv",
+    "--sampling-backend=pytorch",
+    "--max-running-requests=32",
+    "--cuda-graph-max-bs-decode=8",
+    "--disable-prefill-cuda-graph",
+    "--watchdog-timeout=900",
+]
+START_LIMIT_S = 420
+
+
+class Server:
+    """A running server. start_s: seconds from launch to healthy."""
+
+    def __init__(self, url: str, start_s: float) -> None:
+        self.url = url
+        self.start_s = start_s
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout) as reply:
+            text = reply.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def generate(self, input_ids: list[int], new_tokens: int) -> list[int]:
+        """Greedy continuation, exactly new_tokens long."""
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling})["output_ids"]
+
+    def flush(self) -> None:
+        """Forget all cached prefixes."""
+        self.call("/flush_cache", {})
+
+    def status(self) -> dict[str, Any]:
+        """The plugin's part of /server_info; KeyError where the plugin is not active."""
+        return self.call("/server_info")["internal_states"][0]["sglang_ext"]
+
+    def switch_prefill(self, mode: str) -> None:
+        numbers = {name: int(number) for number, name in self.status()["mode_numbers"].items()}
+        reply = self.call("/set_internal_state", {"server_args": {"sglang_ext_prefill_mode": numbers[mode]}})
+        if self.status()["modes"]["prefill"] != mode:
+            raise RuntimeError(f"the server did not switch its prefill to {mode}: {reply}")
+
+
+@contextmanager
+def launch(
+    model: Path,
+    log: Path,
+    settings: Mapping[str, str],
+    extra: Sequence[str],
+    environ: Mapping[str, str],
+    port: int = 30000,
+) -> Iterator[Server]:
+    """`sglang-ext serve` on the model; ended by its own process group when the block ends."""
+    command = [sys.executable, "-m", "sglang_ext.cli", "serve"]
+    command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    command += ["--model-path", str(model), f"--port={port}", *ARGUMENTS, *extra]
+    began = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environ}, start_new_session=True
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(url, process, log, began)
+            yield Server(url, time.perf_counter() - began)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path, began: float) -> None:
+    while time.perf_counter() - began < START_LIMIT_S:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url + "/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+    raise RuntimeError(f"the server did not become healthy (exit code {process.poll()}):\n{tail}")

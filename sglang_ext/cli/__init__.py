@@ -1,0 +1,1 @@
+"""The `sglang-ext` command: compare, doctor, serve."""

@@ -1,0 +1,127 @@
+"""The checks of `sglang-ext doctor`: each looks at one thing and says what it found."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from indexer_kernels import IndexerParams
+from sglang_ext import policy
+from sglang_ext.cli.serve import check_installed, check_whitelist
+from sglang_ext.policy import BatchView, asks, choose
+from sglang_ext.settings import Settings
+
+PROBE_LENGTHS = (8192, 32768, 131072)
+
+Status = Literal["ok", "problem", "skipped"]
+
+
+class Check(NamedTuple):
+    """One finding. A problem keeps the plugin from serving here; skipped could not be looked at, and says why."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def check_torch() -> Check:
+    """Python and torch: informative, both are there if this runs."""
+    return Check("python", "ok", f"{platform.python_version()}, torch {torch.__version__}")
+
+
+def check_gpu() -> Check:
+    """A CUDA device of compute capability 9.0, the one the kernels are built for."""
+    if not torch.cuda.is_available():
+        return Check("gpu", "problem", "no CUDA device: nothing can be served here, only `compare` works")
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    shown = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    if capability != (9, 0):
+        return Check("gpu", "problem", f"{shown}: the kernels need 9.0 (H100, H200), SGLang's own indexer would run")
+    return Check("gpu", "ok", shown)
+
+
+def check_sglang() -> Check:
+    """SGLang is installed and sees the plugin."""
+    try:
+        check_installed()
+        check_whitelist(os.environ)
+    except ValueError as error:
+        return Check("sglang", "problem", str(error))
+    return Check("sglang", "ok", f"{importlib.metadata.version('sglang')}, plugin registered")
+
+
+def check_hooks(runtime_switch: bool = False) -> Check:
+    """SGLang has a version that fits, and every hooked method the signature the plugin was written for."""
+    if importlib.util.find_spec("sglang") is None:
+        return Check("hooks", "skipped", "SGLang is not installed")
+    try:
+        with warnings.catch_warnings():  # SGLang says at length what it will not do without a GPU
+            warnings.simplefilter("ignore")
+            from sglang_ext import sglang_hooks
+    except ImportError as error:
+        return Check("hooks", "problem", f"this SGLang cannot be imported, or has no plugin support: {error}")
+    problems = sglang_hooks.verify(runtime_switch)
+    if problems:
+        return Check("hooks", "problem", "; ".join(problems))
+    return Check("hooks", "ok", "all targets have the expected signatures")
+
+
+def check_kernels(params: IndexerParams, heads: int) -> Iterator[Check]:
+    """Compiles every kernel of these parameters for sm_90a, one finding each."""
+    if importlib.util.find_spec("tilelang") is None:
+        yield Check("kernels", "skipped", "TileLang is not installed: pip install 'sglang-ext[gpu]'")
+        return
+    if not torch.cuda.is_available() and shutil.which("nvcc") is None:
+        yield Check("kernels", "skipped", "neither a GPU nor nvcc to compile with")
+        return
+    os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")  # read when TileLang is imported; it prints to stdout
+    from indexer_kernels.gpu.compile_check import compile_all
+
+    for name, error in compile_all(params, heads):
+        yield Check(f"kernel {name}", "problem" if error else "ok", error or "compiles for sm_90a")
+
+
+class Model(NamedTuple):
+    """The indexer's shape, from a model config; DeepSeek-V3.2's where it says nothing."""
+
+    heads: int
+    top_k: int
+
+
+def model_of(config: dict[str, Any] | None) -> Model:
+    """Raises ValueError where the config's values are no numbers."""
+    config = config or {}
+    return Model(int(config.get("index_n_heads", 64)), int(config.get("index_topk", 2048)))
+
+
+def check_phase(phase: str, settings: Settings, model: Model) -> Check:
+    """What the policy would choose for one request of a few lengths, and why."""
+    refusal = kernel_refusal(policy.mode_to_try(phase, settings), settings, model) if asks(phase, settings) else None
+    shown = []
+    for length in PROBE_LENGTHS:
+        view = BatchView(phase, 1, (length,), length, "no_kernel" if refusal else None)
+        decision = choose(view, settings)
+        shown.append(f"{length // 1024}K: {decision.mode} ({decision.reason})")
+    detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")
+    return Check(f"would run in {phase}", "problem" if refusal else "ok", detail)
+
+
+def kernel_refusal(mode: str, settings: Settings, model: Model) -> str | None:
+    """Why no kernel could run the mode for this model and these settings on any GPU, or None."""
+    if settings.backend == "reference":
+        return None
+    if model.top_k > 2048:
+        return f"{policy.UNSUPPORTED['index_topk']} (index_topk={model.top_k})"
+    if importlib.util.find_spec("tilelang") is None:
+        return "TileLang is not installed: pip install 'sglang-ext[gpu]'"
+    from indexer_kernels.gpu import pipeline
+
+    if model.heads not in pipeline.HEADS:
+        return f"{model.heads} indexer heads, kernels are built for {pipeline.HEADS}"
+    return pipeline.mode_refusal(mode, settings.params(model.top_k))

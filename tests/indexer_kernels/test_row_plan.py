@@ -1,0 +1,83 @@
+"""Plans: every row exactly once, no tile of two requests, places that agree with tiles."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from indexer_kernels.row_plan import TILE_ROWS, plan_decode, plan_extend, plan_rows
+
+EXTENDS = {
+    "nothing": ([], []),
+    "no rows": ([5, 0], [0, 0]),
+    "one row": ([0], [1]),
+    "one full tile": ([100], [16]),
+    "one row more": ([100], [17]),
+    "mixed": ([0, 5000, 64, 7, 300], [40, 1, 0, 16, 33]),
+}
+
+
+def check(plan, request, lengths, num_requests):
+    """The invariants that kernels rely on."""
+    assert plan.num_rows == len(request) and plan.num_tiles == len(plan.tile_length)
+    assert plan.row_request.tolist() == request and plan.row_lengths.tolist() == lengths
+    for name in ("row_request", "row_lengths", "request_lengths", "tile_request", "tile_rows", "tile_length"):
+        assert getattr(plan, name).dtype == torch.int32, name
+    assert plan.row_place.dtype == torch.int32 and plan.tile_rows.shape == (plan.num_tiles, TILE_ROWS)
+
+    longest = [max([n for n, r in zip(lengths, request) if r == wanted], default=0) for wanted in range(num_requests)]
+    assert plan.request_lengths.tolist() == longest
+    assert sorted(row for row in plan.tile_rows.flatten().tolist() if row >= 0) == list(range(len(request)))
+    for tile, rows in enumerate(plan.tile_rows.tolist()):
+        held = [row for row in rows if row >= 0]
+        assert held and rows == held + [-1] * (TILE_ROWS - len(held)), "filled from the front"
+        assert {request[row] for row in held} == {int(plan.tile_request[tile])}
+        assert int(plan.tile_length[tile]) == max(lengths[row] for row in held)
+        assert held == list(range(held[0], held[0] + len(held))), "consecutive rows"
+    flat = plan.tile_rows.flatten()
+    assert flat[plan.row_place.long()].tolist() == list(range(len(request)))
+
+
+@pytest.mark.parametrize(("prefixes", "extends"), EXTENDS.values(), ids=EXTENDS)
+def test_plan_extend(prefixes, extends):
+    plan = plan_extend(prefixes, extends)
+    request = [r for r, count in enumerate(extends) for _ in range(count)]
+    lengths = [prefix + i + 1 for prefix, count in zip(prefixes, extends) for i in range(count)]
+    check(plan, request, lengths, len(prefixes))
+    assert plan.max_length == max(lengths, default=0)
+    assert plan.tile_length.tolist() == sorted(plan.tile_length.tolist(), reverse=True), "longest tiles first"
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 50)), max_size=6))
+def test_plan_extend_of_anything(requests):
+    prefixes, extends = [p for p, _ in requests], [e for _, e in requests]
+    plan = plan_extend(prefixes, extends)
+    request = [r for r, count in enumerate(extends) for _ in range(count)]
+    lengths = [prefix + i + 1 for prefix, count in zip(prefixes, extends) for i in range(count)]
+    check(plan, request, lengths, len(requests))
+    assert plan.num_tiles == sum(-(-count // TILE_ROWS) for count in extends)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 500)), max_size=70))
+def test_plan_rows_of_anything(rows):
+    """Requests in any order and rows that see nothing: more tiles, the same invariants."""
+    request, lengths = [r for r, _ in rows], [n for _, n in rows]
+    plan = plan_rows(torch.tensor(request, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64), 4)
+    check(plan, request, lengths, 4)
+    assert plan.max_length == max(lengths, default=0)
+
+
+@pytest.mark.parametrize("lengths", [[], [7], [0, 64, 1, 9000]], ids=str)
+def test_plan_decode(lengths):
+    row_lengths = torch.tensor(lengths, dtype=torch.int32)
+    plan = plan_decode(row_lengths, table_pages=150)
+    check(plan, list(range(len(lengths))), lengths, len(lengths))
+    assert plan.max_length == 150 * 64 >= max(lengths, default=0)
+
+
+def test_plan_decode_follows_its_lengths():
+    """A captured graph is replayed with other lengths in the same memory."""
+    row_lengths = torch.tensor([3, 4], dtype=torch.int32)
+    plan = plan_decode(row_lengths, 1)
+    row_lengths += 10
+    assert plan.row_lengths.tolist() == plan.request_lengths.tolist() == plan.tile_length.tolist() == [13, 14]
