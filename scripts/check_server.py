@@ -160,6 +160,14 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, native: list |
     return check.record
 
 
+def native_answers(out: Path) -> list | None:
+    """Native's answers within the budget from the `modes` scenario of this run, None where it has not run."""
+    path = out / "modes.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text())["answers"]["native"]["alone"][: len(WITHIN_BUDGET)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -173,11 +181,10 @@ def main() -> int:
     model = args.model or args.out / "model"
     if args.model is None:
         write_model(model, args.layers, args.heads)
-    native, failures = None, []
+    failures: list[str] = []
     for name in args.scenarios:
+        native = native_answers(args.out)
         record = run_scenario(name, model, args.out, args.repeats, native)
-        if name == "modes":
-            native = record["answers"]["native"]["alone"][: len(WITHIN_BUDGET)]
         failures += [f"{name}: {failure}" for failure in record["failures"]]
     print("\n".join(["failed:", *failures]) if failures else "all checks passed", flush=True)
     return 1 if failures else 0

@@ -59,8 +59,8 @@ class Server:
         return self.call("/server_info")["internal_states"][0]["sglang_ext"]
 
     def switch_prefill(self, mode: str) -> None:
-        numbers = {name: int(number) for number, name in self.status()["mode_numbers"].items()}
-        reply = self.call("/set_internal_state", {"server_args": {"sglang_ext_prefill_mode": numbers[mode]}})
+        number = self.status()["mode_numbers"][mode]
+        reply = self.call("/set_internal_state", {"server_args": {"sglang_ext_prefill_mode": number}})
         if self.status()["modes"]["prefill"] != mode:
             raise RuntimeError(f"the server did not switch its prefill to {mode}: {reply}")
 

@@ -1,0 +1,60 @@
+"""Which backend serves a call, and what is said when it is not the one hoped for."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from indexer_kernels import backend, select_ragged
+from indexer_kernels.params import IndexerParams
+from tests.support.inputs import make_batch
+from tests.support.small import SMALL
+
+CUDA_Q = SimpleNamespace(device=torch.device("cuda", 0), shape=(4, 64, 128))
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """The gpu backend refuses every call for this reason."""
+    monkeypatch.setattr(backend, "gpu_refusal", lambda mode, q, params: f"no {mode} today")
+    monkeypatch.setattr(backend, "_logged", set())
+
+
+def test_auto_on_cpu_is_the_reference_and_silent(caplog):
+    batch = make_batch([70], [2], num_heads=2)
+    with caplog.at_level(logging.DEBUG, logger="indexer_kernels"):
+        auto = select_ragged("hisa", *batch.ragged, SMALL)
+    assert torch.equal(auto, select_ragged("hisa", *batch.ragged, SMALL, backend="reference"))
+    assert not caplog.records
+
+
+def test_auto_logs_each_reason_once(refused, caplog):
+    with caplog.at_level(logging.WARNING, logger="indexer_kernels"):
+        for mode in ("hisa", "misa", "hisa", "misa"):
+            assert backend.use_gpu(mode, CUDA_Q, IndexerParams(), "auto") is False
+    assert [record.getMessage() for record in caplog.records] == [
+        "the reference backend serves mode 'hisa': no hisa today",
+        "the reference backend serves mode 'misa': no misa today",
+    ]
+
+
+def test_gpu_raises_the_reason(refused):
+    with pytest.raises(NotImplementedError, match="backend='gpu', mode='hisa': no hisa today"):
+        backend.use_gpu("hisa", CUDA_Q, IndexerParams(), "gpu")
+
+
+def test_reference_never_asks(refused):
+    assert backend.use_gpu("hisa", CUDA_Q, IndexerParams(), "reference") is False
+
+
+def test_accepted(monkeypatch):
+    monkeypatch.setattr(backend, "gpu_refusal", lambda mode, q, params: None)
+    assert backend.use_gpu("hisa", CUDA_Q, IndexerParams(), "auto")
+    assert backend.use_gpu("hisa", CUDA_Q, IndexerParams(), "gpu")
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    reason = backend.gpu_refusal("hisa", CUDA_Q, IndexerParams())
+    assert reason == "tilelang and deep_gemm not installed"
