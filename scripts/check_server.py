@@ -107,7 +107,7 @@ def measure_ttft(server: Server, check: Check, repeats: int) -> None:
 
 
 def check_decode(server: Server, check: Check, native: list | None, graph: bool) -> None:
-    """decode_mode=hisa: it ran for every token, under graphs where they are on, and answers like native in the budget."""
+    """decode_mode=hisa: it ran for every token, under graphs where they are on, and answers like native."""
     before = runs(server, "decode/hisa")
     answers = []
     for num_tokens in WITHIN_BUDGET:
