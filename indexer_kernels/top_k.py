@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 PAGE_TOKENS = 64
+LOWEST = torch.finfo(torch.float32).min
 
 
 class TopK(Protocol):
@@ -23,11 +24,13 @@ class TopK(Protocol):
 def torch_top_k(
     scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """`TopK` with torch.topk: any device, any K; ties are cut wherever torch cuts them."""
+    """`TopK` with torch.topk: any device, any K; ties are cut wherever torch cuts them, NaN counts as lowest."""
     columns = torch.arange(scores.shape[1], device=scores.device)
     visible = columns < lengths[:, None]
     num = min(out.shape[1], scores.shape[1])
-    chosen = scores.masked_fill(~visible, float("-inf")).topk(num, dim=1, sorted=True).indices
+    # A row's own columns stay above those that are not its own, whatever they scored.
+    owned = torch.nan_to_num(scores, nan=LOWEST, neginf=LOWEST)
+    chosen = owned.masked_fill(~visible, float("-inf")).topk(num, dim=1, sorted=True).indices
     found = torch.arange(num, device=scores.device) < lengths[:, None]
     if page_table is not None:
         pages = page_table.gather(1, (chosen // PAGE_TOKENS).clamp_max(page_table.shape[1] - 1))

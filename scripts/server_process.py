@@ -51,8 +51,16 @@ class Server:
         return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling})["output_ids"]
 
     def flush(self) -> None:
-        """Forget all cached prefixes."""
-        self.call("/flush_cache", {})
+        """Forget all cached prefixes. SGLang refuses while it still books the last request off, for some milliseconds.
+        """
+        for attempt in range(100):
+            try:
+                self.call("/flush_cache", {})
+                return
+            except urllib.error.HTTPError:
+                if attempt == 99:
+                    raise
+                time.sleep(0.05)
 
     def status(self) -> dict[str, Any]:
         """The plugin's part of /server_info; KeyError where the plugin is not active."""
@@ -88,12 +96,19 @@ def launch(
             _wait_until_healthy(url, process, log, began)
             yield Server(url, time.perf_counter() - began)
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server and its workers, which are one process group of ours."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path, began: float) -> None:

@@ -48,6 +48,14 @@ def test_a_score_does_not_depend_on_the_other_rows_and_columns():
         assert torch.equal(part, whole[rows, columns])
 
 
+def test_dot_products_are_exact():
+    """448 * 448 twice, with opposite signs and a tiny product between them: float32 sums lose it in most orders."""
+    q, k = torch.zeros(1, 1, 128), torch.zeros(1, 128)
+    q[0, 0, [3, 40, 90]], k[0, [3, 40, 90]] = torch.tensor([448, 2.0**-9, 448]), torch.tensor([448, 1.0, -448])
+    fp8 = torch.float8_e4m3fn
+    assert token_scores(q.to(fp8), torch.ones(1, 1), k.to(fp8), torch.ones(1)).item() == 2.0**-9
+
+
 def test_nan_keys_stay_in_their_column():
     batch = make_batch([100], [3], num_heads=5, seed=83)
     clean = token_scores(batch.q, batch.weights, batch.k[0], batch.k_scale[0])

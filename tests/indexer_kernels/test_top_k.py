@@ -47,6 +47,15 @@ def test_slots_through_a_page_table_with_garbage_behind():
     assert (slots[1, 70:] == -1).all()
 
 
+def test_own_columns_come_first_whatever_they_score():
+    scores = torch.full((2, 50), float("-inf"))
+    scores[0, 30], scores[1, 1] = 1.0, float("nan")
+    out = torch.empty((2, 16), dtype=torch.int32)
+    torch_top_k(scores, torch.tensor([40, 3], dtype=torch.int32), None, out)
+    assert out[0, 0] == 30 and ((out[0] >= 0) & (out[0] < 40)).all() and len(rows_of(out[:1])[0]) == 16
+    assert rows_of(out[1:]) == [{0, 1, 2, -1}]
+
+
 def test_no_rows():
     out = torch.empty((0, 4), dtype=torch.int32)
     torch_top_k(torch.empty(0, 9), torch.empty(0, dtype=torch.int32), None, out)

@@ -116,6 +116,8 @@ def check(out: torch.Tensor, batch: Batch, settings: Settings, form: str = "slot
     """out is what loops written from the mode's formulas select."""
     *tensors, ks, ke = batch.ragged
     want = brute_force(settings.mode, *tensors, ks.tolist(), ke.tolist(), **asdict(settings.params(TOP_K)))
+    # looked at in the given form: as a position, an offset that moved a -1 would be one again
+    assert all((row[len(some) :] == -1).all() for row, some in zip(out, want))
     assert_same_selection(to_positions(out, batch, form), want, batch.lengths, TOP_K)
 
 
@@ -231,5 +233,5 @@ def test_unsupported_ends_a_strict_server(serve, batch, steps, phase, reason):
 
 
 def test_every_reason_is_met_somewhere():
-    # too_long needs the gpu backend's limit (test_stage.py); kpool is met as a model is built (test_sglang_hooks.py)
+    # too_long needs the gpu backend's limit (test_stage.py); kpool is met as a model is built (test_sglang_install.py)
     assert set(policy.UNSUPPORTED) - {"too_long", "kpool"} == set(OBSTACLES)

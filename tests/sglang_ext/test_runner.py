@@ -44,6 +44,8 @@ def new_out(rows: int) -> torch.Tensor:
 def check(out: torch.Tensor, want: list[set[int]], lengths: list[int], shift: list[int] | None = None) -> None:
     """out holds `want` per row, each entry moved by shift[row]; packed first, then -1."""
     if shift is not None:
+        # looked at before the shift is undone, which would turn a moved -1 back into one
+        assert all((row[len(some) :] == -1).all() for row, some in zip(out, want)), "an offset moved a -1"
         out = torch.where(out >= 0, out - torch.tensor(shift, dtype=torch.int32)[:, None], out)
     assert_same_selection(out, want, lengths, PARAMS.top_k)
 

@@ -1,6 +1,9 @@
 """Which methods of SGLang are patched, what is said of those that do not fit, and what the scheduler then does."""
 
+import functools
+import importlib.metadata
 import inspect
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from tests.support.fake_sglang_objects import SWITCH_TARGET, TARGETS, unpatched_
 
 pytest.importorskip("sglang")
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+from sglang.srt.layers.attention.dsa.dsa_indexer_kpool import IndexerKPool
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import internal_state
@@ -39,6 +43,37 @@ def install(settings: Settings) -> Stage:
 
 
 # verify
+
+
+@pytest.mark.parametrize("runtime_switch", [False, True])
+def test_this_sglang_fits(runtime_switch):
+    assert sglang_hooks.verify(runtime_switch) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.5.23", True), ("0.5.18", True), ("0.5.23.post1", True), ("0.5.17", False), ("0.5.24", False), ("0.6.0", False)]
+    + [("0.5.2", False), ("1.5.23", False)],
+)
+def test_version(monkeypatch, version, fits):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"sglang": version}[name])
+    problems = sglang_hooks.verify()
+    assert len(problems) == (0 if fits else 1)
+    assert fits or (version in problems[0] and "0.5.23" in problems[0] and "0.5.18" in problems[0])
+
+
+def test_more_parameters_at_the_end(monkeypatch):
+    """A wrapped-around method's new parameter would be lost on the way; an AFTER hook passes everything on."""
+
+    def topk(self, forward_batch, layer_id, q_fp8, weights, metadata, more=None): ...
+
+    def state(self, recv_req, more=None): ...
+
+    monkeypatch.setattr(Scheduler, "get_internal_state", state)
+    assert sglang_hooks.verify() == []
+    monkeypatch.setattr(Indexer, "_get_topk_paged", topk)
+    [sentence] = sglang_hooks.verify()
+    assert "Indexer._get_topk_paged has parameters" in sentence and "'more'" in sentence
 
 
 @pytest.mark.parametrize(
@@ -96,6 +131,78 @@ def test_install_patches_exactly_the_targets(runtime_switch):
     assert {target for target in before if sglang_hooks.pkgutil.resolve_name(target) != before[target]} == want
     assert sglang_hooks.unapplied(stage) == []
     assert all(hook.why for hook in sglang_hooks.wanted_hooks(runtime_switch))
+
+
+# A model is built
+
+
+def build(indexer_class: type = Indexer, **config: Any) -> None:
+    """An indexer of a model with this config, as SGLang's models build it."""
+    shape = {"hidden_size": 7168, "index_n_heads": 8, "index_head_dim": 128, "rope_head_dim": 64, "index_topk": 512}
+    indexer_class(**shape, layer_id=3, config=SimpleNamespace(**config))
+
+
+@pytest.fixture
+def light_init() -> None:
+    """Indexers without linear layers, which need SGLang's process groups."""
+    for owner in (Indexer, IndexerKPool):
+
+        @functools.wraps(owner.__init__)
+        def init(
+            self: Any, hidden_size: int, index_n_heads: int, index_head_dim: int, *_args: Any, **more: Any
+        ) -> None:
+            torch.nn.Module.__init__(self)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.n_heads, self.head_dim = index_n_heads, index_head_dim
+            self.index_topk, self.layer_id = more["index_topk"], more["layer_id"]
+
+        owner.__init__ = init
+
+
+def test_a_built_indexer_brings_the_models_settings(light_init, monkeypatch):
+    stage = install(Settings())
+    seen = []
+    start = stage.start
+    monkeypatch.setattr(stage, "start", lambda *args: (seen.append(args), start(*args)))
+    build(sglang_ext={"mode": "hisa"}, index_topk=512)
+    [(fields, *shape)] = seen
+    assert fields == {"sglang_ext": {"mode": "hisa"}, "index_topk": 512}
+    assert shape == [3, 8, 128, 512, torch.device("cpu")]
+    assert stage.settings.mode == "hisa"
+
+
+def test_an_indexer_without_config(light_init):
+    stage = install(Settings())
+    Indexer(7168, 8, 128, rope_head_dim=64, index_topk=512, layer_id=3)
+    assert stage.status()["indexer_layers"] == 1 and stage.settings == Settings()
+
+
+def test_wrong_settings_of_a_model_end_its_building(light_init):
+    install(Settings())
+    with pytest.raises(ValueError, match="mode='fast'"):
+        build(sglang_ext={"mode": "fast"})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_of_the_other_indexer_class(light_init, caplog, strict):
+    stage = install(Settings(mode="misa", strict=strict))
+    if strict:
+        with pytest.raises(RuntimeError, match="kpool"):
+            build(IndexerKPool)
+        return
+    with caplog.at_level(logging.WARNING, "sglang_ext"):
+        build(IndexerKPool)
+    assert "k-pool" in caplog.text and len(stage.status()["refused"]) == 1
+
+
+def test_a_hook_that_was_not_applied_ends_the_model(light_init, monkeypatch):
+    """SGLang only logs such a failure."""
+    with monkeypatch.context() as gone:
+        gone.delattr(Scheduler, "get_internal_state")
+        stage = install(Settings())
+        assert sglang_hooks.unapplied(stage) == ["sglang.srt.managers.scheduler.Scheduler.get_internal_state"]
+        with pytest.raises(RuntimeError, match="did not apply the hooks on .*Scheduler.get_internal_state"):
+            build()
 
 
 # Scheduler
