@@ -47,8 +47,16 @@ class Server:
 
     def generate(self, input_ids: list[int], new_tokens: int) -> list[int]:
         """Greedy continuation, exactly new_tokens long."""
+        return self._generate(input_ids, new_tokens)["output_ids"]
+
+    def logprobs(self, input_ids: list[int], new_tokens: int) -> list[float]:
+        """Log-probabilities of the tokens of the greedy continuation."""
+        reply = self._generate(input_ids, new_tokens, return_logprob=True)
+        return [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
+
+    def _generate(self, input_ids: list[int], new_tokens: int, **options: Any) -> Any:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling})["output_ids"]
+        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling, **options})
 
     def flush(self) -> None:
         """Forget all cached prefixes. SGLang refuses while it still books the last request off, for some milliseconds.
