@@ -59,7 +59,7 @@ class Server:
         return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling, **options})
 
     def flush(self) -> None:
-        """Forget all cached prefixes. SGLang refuses while it still books the last request off, for some milliseconds."""
+        """Forget all cached prefixes. SGLang refuses for the milliseconds in which it books the last request off."""
         for attempt in range(100):
             try:
                 self.call("/flush_cache", {})

@@ -102,5 +102,7 @@ def build(num_heads: int, active_heads: int, route_block: int):
         head_route_prim_func(num_heads, active_heads, route_block),
         target=TARGET,
         execution_backend="tvm_ffi",
-        pass_configs=PASS_CONFIGS,
+        # Ranks of a row are distinct (ties are broken by index), so no two threads store to one slot; the check
+        # cannot know.
+        pass_configs=PASS_CONFIGS | {tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: True},
     )
