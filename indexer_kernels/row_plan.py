@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from indexer_kernels.page_layout import PAGE_TOKENS
+
 TILE_ROWS = 16  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
 
 
@@ -138,7 +140,7 @@ def plan_decode(row_lengths: torch.Tensor, table_pages: int) -> RowPlan:
         row_request=rows,
         row_lengths=lengths,
         request_lengths=lengths,
-        max_length=table_pages * 64,
+        max_length=table_pages * PAGE_TOKENS,
         tile_request=rows,
         tile_rows=tile_rows,
         tile_length=lengths,

@@ -4,7 +4,8 @@ from typing import Protocol
 
 import torch
 
-PAGE_TOKENS = 64
+from indexer_kernels.page_layout import PAGE_TOKENS
+
 LOWEST = torch.finfo(torch.float32).min
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_ext.stage import Stage
+from sglang_ext.runner import OutputForm
+from sglang_ext.stage import Forward, Stage
 
 SGLANG_SUPPORTED = "0.5.23"
 SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
@@ -176,20 +177,7 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
         )
         if not stage.takes(forward, layer_id):
             return native()
-        if topk_result is None:
-            shape = (q_fp8.shape[0], indexer.index_topk)
-            topk_result = torch.full(shape, -1, dtype=torch.int32, device=q_fp8.device)
-        stage.run(
-            forward,
-            layer_id,
-            q_fp8,
-            weights[: q_fp8.shape[0]].squeeze(-1),
-            pool.get_index_k_with_scale_buffer(layer_id=layer_id),
-            metadata.get_page_table_64(),
-            _output(metadata, prefill=True),
-            topk_result,
-        )
-        return topk_result
+        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
 
     return hook
 
@@ -219,19 +207,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         )
         if not stage.takes(forward, layer_id):
             return native()
-        # Rows that only pad the batch select nothing.
-        out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
-        stage.run(
-            forward,
-            layer_id,
-            q_fp8,
-            weights[: q_fp8.shape[0]].squeeze(-1),
-            pool.get_index_k_with_scale_buffer(layer_id=layer_id),
-            metadata.get_page_table_64(),
-            _output(metadata, prefill=False),
-            out,
-        )
-        return out
+        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
 
     return hook
 
@@ -311,19 +287,37 @@ def _split_prompts(stage: Stage, forward_batch: Any) -> str | None:
     return "two_batch_overlap" if split and stage.settings.native_tail_rows else None
 
 
-class Output(NamedTuple):
-    """Form of an entry (see runner.OutputForm) as SGLang's metadata asks for it."""
-
-    kind: str
-    offsets: torch.Tensor | None
-
-
-def _output(metadata: Any, prefill: bool) -> Output:
+def _select(
+    stage: Stage,
+    forward: Forward,
+    indexer: Any,
+    layer_id: int,
+    q_fp8: torch.Tensor,
+    weights: torch.Tensor,
+    metadata: Any,
+    pool: Any,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A layer's selection in the form SGLang's metadata asks for; rows that only pad the batch are -1."""
+    if out is None:
+        out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
     if metadata.force_unfused_topk:
-        return Output("position", None)
-    if prefill and metadata.topk_transform_method.name == "RAGGED":
-        return Output("position", metadata.attn_metadata.topk_indices_offset)
-    return Output("slot", None)
+        form = OutputForm("position")
+    elif forward.phase == "prefill" and metadata.topk_transform_method.name == "RAGGED":
+        form = OutputForm("position", metadata.attn_metadata.topk_indices_offset)
+    else:
+        form = OutputForm("slot")
+    stage.run(
+        forward,
+        layer_id,
+        q_fp8,
+        weights[: q_fp8.shape[0]].squeeze(-1),
+        pool.get_index_k_with_scale_buffer(layer_id=layer_id),
+        metadata.get_page_table_64(),
+        form,
+        out,
+    )
+    return out
 
 
 def _pool() -> Any:

@@ -188,7 +188,7 @@ class Stage:
         weights: torch.Tensor,
         k_pages: torch.Tensor,
         page_table: torch.Tensor,
-        form: tuple[str, torch.Tensor | None],
+        form: OutputForm,
         out: torch.Tensor,
     ) -> None:
         """Fill out with the selection of this layer's queries."""
@@ -207,7 +207,7 @@ class Stage:
                 k_pages,
                 page_table,
                 params,
-                OutputForm(*form),
+                form,
                 self.settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,

@@ -2,6 +2,10 @@
 
 import tilelang
 
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS
+
+__all__ = ["FP8", "HEAD_DIM", "PAGE_TOKENS", "PASS_CONFIGS", "TARGET", "WARP_KEYS"]
+
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 # Indices are clamped where they can leave their tensor, so the guards TileLang would add cost without protecting.
 # Warp specialisation is written by hand or not wanted: TileLang 0.1.12's own pass miscompiles patterns used here.
@@ -10,6 +14,4 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_WARP_SPECIALIZED: True,
 }
 FP8 = "float8_e4m3fn"
-HEAD_DIM = 128
-PAGE_TOKENS = 64
 WARP_KEYS = 16  # keys one warp holds of a wgmma tile: 64 per warpgroup, four warps

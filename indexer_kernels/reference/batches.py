@@ -2,7 +2,7 @@
 
 import torch
 
-from indexer_kernels.page_layout import positions_to_slots, unpack_pages
+from indexer_kernels.page_layout import PAGE_TOKENS, positions_to_slots, unpack_pages
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference.modes import select_request
 from indexer_kernels.row_plan import RowPlan
@@ -44,7 +44,7 @@ def select_rows(
         rows = (plan.row_request == request).nonzero().squeeze(1)
         lengths = plan.row_lengths[rows].clamp_min(0).long()
         longest = int(lengths.max())
-        pages = page_table[request, : -(-longest // 64)]
+        pages = page_table[request, : -(-longest // PAGE_TOKENS)]
         k, k_scale = unpack_pages(k_pages[pages.long()], longest)
         selected = select_request(mode, q[rows], weights[rows], k, k_scale, lengths, params)
         if output == "slot" and longest:

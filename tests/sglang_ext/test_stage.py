@@ -10,6 +10,7 @@ import torch
 
 from indexer_kernels import select_ragged
 from sglang_ext import policy
+from sglang_ext.runner import OutputForm
 from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
 from tests.support.compare import assert_same_selection
@@ -124,7 +125,7 @@ def test_run_fills_out_with_the_modes_selection(batch):
     stage = Stage(MISA, {})
     forward = prefill(stage, batch)
     out = torch.full((15, TOP_K), -1, dtype=torch.int32)
-    stage.run(forward, 0, batch.q, batch.weights, batch.k_pages, batch.page_table, ("position", None), out)
+    stage.run(forward, 0, batch.q, batch.weights, batch.k_pages, batch.page_table, OutputForm("position"), out)
     want = select_ragged("misa", *batch.ragged, MISA.params(TOP_K), backend="reference")
     native = select_ragged("native", *batch.ragged, MISA.params(TOP_K), backend="reference")
     assert not torch.equal(want.sort(dim=1).values, native.sort(dim=1).values)
@@ -143,7 +144,7 @@ def test_native_tail_rows_run_native(batch):
         ("native", tail),
     ]
     out = torch.full((13, TOP_K), -1, dtype=torch.int32)
-    stage.run(forward, 0, batch.q, batch.weights, batch.k_pages, batch.page_table, ("position", None), out)
+    stage.run(forward, 0, batch.q, batch.weights, batch.k_pages, batch.page_table, OutputForm("position"), out)
     misa, native = (
         select_ragged(mode, *batch.ragged, MISA.params(TOP_K), backend="reference").tolist()
         for mode in ("misa", "native")
