@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from indexer_kernels.backend import gpu_refusal
+from indexer_kernels.params import MODES
 from indexer_kernels.row_plan import plan_decode, plan_extend
 from indexer_kernels.top_k import TopK
 from sglang_ext import __version__, policy
@@ -62,6 +63,7 @@ class Stage:
         self._layers: set[int] = set()
         self._prompts: Prompts | None = None
         self._refusals: dict[tuple[Any, ...], str | None] = {}
+        self._broken: dict[str, str] = {}
         self._unsupported_logged: set[str] = set()
 
     def start(
@@ -89,15 +91,20 @@ class Stage:
             return
         self.counters.prepare_device(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
+        modes = []
         for phase in ("prefill", "decode"):
             if not policy.asks(phase, self.settings):
                 continue
-            wanted = self.settings.phase_mode(phase)
-            refusal = self._refusal(policy.mode_to_try(phase, self.settings), q, top_k)
+            mode = policy.mode_to_try(phase, self.settings)
+            refusal = self._refusal(mode, q, top_k)
             if refusal is not None:
-                self._reject(f"{phase} mode {wanted!r}: {refusal}")
-            elif self.settings.backend != "reference":
-                self._compile(num_heads, top_k)
+                self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
+            elif mode not in modes:
+                modes.append(mode)
+        if self.settings.runtime_switch:  # any of them may be asked for later
+            modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
+        if self.settings.backend != "reference":
+            self._compile(modes, num_heads, top_k)
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -270,6 +277,8 @@ class Stage:
     def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
         if self.settings.backend == "reference":
             return None
+        if mode in self._broken:
+            return self._broken[mode]
         key = (mode, q.shape[1:], q.device, top_k, self.settings)
         if key not in self._refusals:
             self._refusals[key] = gpu_refusal(mode, q, self.settings.params(top_k))
@@ -305,13 +314,18 @@ class Stage:
         body, tail = split_tail(prefixes, extend, known.whole, self.settings.native_tail_rows, device)
         forward.parts = ((mode, body), ("native", tail))
 
-    def _compile(self, num_heads: int, top_k: int) -> None:
-        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk)."""
+    def _compile(self, modes: Sequence[str], num_heads: int, top_k: int) -> None:
+        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
+
+        A mode with a kernel that does not compile is refused from then on.
+        """
         from indexer_kernels.gpu.compile_check import compile_all
 
-        for name, error in compile_all(self.settings.params(top_k), num_heads):
-            if error is not None:
-                self._reject(f"kernel {name} does not compile: {error}")
+        for mode in modes:
+            for name, error in compile_all(self.settings.params(top_k), num_heads, (mode,)):
+                if error is not None:
+                    self._broken.setdefault(mode, f"kernel {name} does not compile: {error}")
+                    self._reject(self._broken[mode])
 
 
 def _mode_numbers() -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Compiles every kernel for sm_90a, with or without a GPU, and says what the compiler said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from indexer_kernels.gpu import (
@@ -14,6 +14,7 @@ from indexer_kernels.gpu import (
 from indexer_kernels.params import IndexerParams
 
 H200_SMS = 132
+GPU_MODES = ("misa", "misa_rerank", "hisa")
 
 
 class Compiled(NamedTuple):
@@ -23,29 +24,35 @@ class Compiled(NamedTuple):
     error: str | None
 
 
-def kernel_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable[[], object]]:
-    """What the modes of one setting and model shape need, by name."""
+def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """What `modes` need with one setting and model shape, by name."""
     active, route_block = params.active_heads, params.route_block
-    return {
-        f"block_means {route_block}": lambda: block_means_kernel.build(route_block // 64),
-        f"block_means {params.block_size}": lambda: block_means_kernel.build(params.block_size // 64),
-        f"head_route H={num_heads}": lambda: head_route_kernel.build(num_heads, active, route_block),
-        f"routed_pack H={num_heads}": lambda: routed_pack_kernel.build(num_heads, active),
-        "routed_scores token": lambda: routed_scores_kernel.build(active, False, H200_SMS),
-        "routed_scores page": lambda: routed_scores_kernel.build(active, True, H200_SMS),
-        f"block_score H={num_heads}": lambda: block_score_kernel.build(num_heads, params.block_size),
-        "page_select": lambda: page_select_kernel.compile_for(
+    builders: dict[str, Callable[[], object]] = {}
+    if "misa" in modes or "misa_rerank" in modes:
+        builders[f"block_means {route_block}"] = lambda: block_means_kernel.build(route_block // 64)
+        builders[f"head_route H={num_heads}"] = lambda: head_route_kernel.build(num_heads, active, route_block)
+        builders[f"routed_pack H={num_heads}"] = lambda: routed_pack_kernel.build(num_heads, active)
+    if "misa" in modes:
+        builders["routed_scores token"] = lambda: routed_scores_kernel.build(active, False, H200_SMS)
+    if "misa_rerank" in modes:
+        builders["routed_scores page"] = lambda: routed_scores_kernel.build(active, True, H200_SMS)
+        builders["page_select"] = lambda: page_select_kernel.compile_for(
             params.candidates // 64, 1, 4, params.local_tokens, page_select_kernel.CAPACITIES[0]
-        ),
-        "block_select": lambda: page_select_kernel.compile_for(
+        )
+    if "hisa" in modes:
+        builders[f"block_means {params.block_size}"] = lambda: block_means_kernel.build(params.block_size // 64)
+        builders[f"block_score H={num_heads}"] = lambda: block_score_kernel.build(num_heads, params.block_size)
+        builders["block_select"] = lambda: page_select_kernel.compile_for(
             params.top_blocks, params.block_size // 64, 1, params.local_tokens, page_select_kernel.CAPACITIES[0]
-        ),
-    }
+        )
+    return builders
 
 
-def compile_all(params: IndexerParams | None = None, num_heads: int = 64) -> Iterator[Compiled]:
-    """Compile each kernel in turn (seconds each when nothing is cached) and yield its outcome."""
-    for name, build in kernel_builders(params or IndexerParams(), num_heads).items():
+def compile_all(
+    params: IndexerParams | None = None, num_heads: int = 64, modes: Sequence[str] = GPU_MODES
+) -> Iterator[Compiled]:
+    """Compile each kernel of `modes` in turn (seconds each when nothing is cached) and yield its outcome."""
+    for name, build in kernel_builders(params or IndexerParams(), num_heads, modes).items():
         try:
             build()
         except Exception as error:  # the compilers raise types of their own; the caller reports every one of them

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_ext import policy
-from sglang_ext.settings import SERVE_MODES, Settings
+from sglang_ext.settings import SERVE_MODES, Settings, load_settings
 from sglang_ext.stage import Stage
 from tests.support.fake_sglang_objects import MISA, Attention, log_lines, prefill, stage_batch
 from tests.support.inputs import Batch
@@ -100,8 +100,8 @@ def gpu(monkeypatch):
         seen.asked.append((mode, tuple(q.shape), params.top_k))
         return seen.refusal.get(mode)
 
-    def compile_all(params: Any, num_heads: int) -> list[tuple[str, str | None]]:
-        seen.compiled.append((params.top_k, num_heads))
+    def compile_all(params: Any, num_heads: int, modes: tuple[str, ...]) -> list[tuple[str, str | None]]:
+        seen.compiled.append((params.top_k, num_heads, *modes))
         return [("scan", None), ("pack", seen.failures.get("pack"))]
 
     compile_check = ModuleType("compile_check")
@@ -120,7 +120,7 @@ def test_start_compiles_before_the_first_request(gpu):
     for layer in range(2):
         start(stage, {"sglang_ext": {"mode": "hisa", "decode_mode": "native"}}, layer, gpu.device)
     assert gpu.asked == [("hisa", (0, 64, 128), 2048)]
-    assert gpu.compiled == [(2048, 64)] and gpu.prepared == [gpu.device]
+    assert gpu.compiled == [(2048, 64, "hisa")] and gpu.prepared == [gpu.device]
 
 
 def test_start_asks_for_what_auto_would_run(gpu):
@@ -152,6 +152,24 @@ def test_start_without_kernels(gpu, caplog, strict, kind):
         return
     start(stage, {"sglang_ext": own}, device=gpu.device)
     assert [said in line for line in log_lines(caplog, logging.WARNING)] == [True]
+
+
+def test_a_mode_is_compiled_once_for_both_phases_and_all_modes_for_a_switch(gpu):
+    gpu.refusal["group_rerank"] = "no kernels"
+    start(Stage(Settings(mode="hisa"), {}), {"sglang_ext": {"mode": "hisa"}}, device=gpu.device)
+    assert gpu.compiled == [(2048, 64, "hisa")]
+    gpu.compiled.clear()
+    switched = {"SGLANG_EXT_PREFILL_MODE": "misa", "SGLANG_EXT_DECODE_MODE": "native", "SGLANG_EXT_RUNTIME_SWITCH": "1"}
+    start(Stage(load_settings(None, switched), switched), {}, device=gpu.device)
+    assert [mode for _, _, mode in gpu.compiled] == ["misa", "native", "misa_rerank", "hisa"]
+
+
+def test_a_kernel_that_does_not_compile_means_native_with_a_reason(gpu, monkeypatch, batch):
+    gpu.failures["pack"] = "syntax error"
+    own = {"prefill_mode": "hisa", "decode_mode": "native"}
+    stage = Stage(Settings(**own), {})
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    assert prefill(stage, batch).decision == ("native", "no_kernel")
 
 
 # Runtime switch
