@@ -164,7 +164,7 @@ def select_ragged(
     starts, row_request = torch.unique(host_ks, return_inverse=True)
     plan = plan_rows(row_request, (host_ke - host_ks).clamp_min(0), len(starts), q.device)
     lengths = torch.zeros(len(starts), dtype=torch.int64).scatter_reduce_(0, row_request, host_ke - host_ks, "amax")
-    num_pages = (lengths + PAGE_TOKENS - 1) // PAGE_TOKENS
+    num_pages = _pages(lengths)
     first_page = num_pages.cumsum(0) - num_pages
     pieces = [pack_pages(k[s : s + n], k_scale[s : s + n]) for s, n in zip(starts.tolist(), lengths.tolist()) if n]
     if not pieces:
@@ -179,7 +179,7 @@ def _native(work: Work) -> None:
     for rows in _slices(plan.num_rows, width * PAGE_TOKENS * 4):
         lengths = plan.row_lengths[rows]
         # Past a row's end the table is garbage; DeepGEMM fetches pages in groups, so point there at the last page.
-        last = ((lengths + PAGE_TOKENS - 1) // PAGE_TOKENS - 1).clamp_min(0)
+        last = (_pages(lengths) - 1).clamp_min(0)
         column = torch.minimum(torch.arange(width, device=last.device), last[:, None])
         table = work.page_table[plan.row_request[rows].long(), :width].gather(1, column)
         scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, table, lengths.clamp_min(1))
