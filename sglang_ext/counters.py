@@ -25,6 +25,8 @@ class Counters:
         self._forwards: Counter[tuple[str, str, str]] = Counter()
         self._captured: Counter[tuple[str, str, int]] = Counter()
         self._device_runs: torch.Tensor | None = None
+        self._traces_written = 0
+        self._traces_skipped: Counter[str] = Counter()
 
     def count(self, phase: str, mode: str, reason: str, rows: int) -> None:
         """One layer's call. The first of a (phase, mode, reason) is logged."""
@@ -46,6 +48,17 @@ class Counters:
         with self._lock:
             self._captured[(phase, mode, rows)] += 1
 
+    def count_trace(self) -> None:
+        """One trace written: one layer of one prompt."""
+        with self._lock:
+            self._traces_written += 1
+
+    def skip_trace(self, reason: str) -> bool:
+        """One forward (write_error: one layer) of which no trace is kept; whether it is the first for this reason."""
+        with self._lock:
+            self._traces_skipped[reason] += 1
+            return self._traces_skipped[reason] == 1
+
     def step_device(self, phase: str, mode: str, device: torch.device) -> None:
         """Add one run on the current stream; call it for one layer of a forward only. Safe under capture once
         prepared.
@@ -64,6 +77,7 @@ class Counters:
         with self._lock:
             calls, rows, captured = dict(self._calls), dict(self._rows), dict(self._captured)
             forwards = dict(self._forwards)
+            written, skipped = self._traces_written, dict(self._traces_skipped)
         runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
         return {
             "forwards": [
@@ -84,6 +98,8 @@ class Counters:
                 for mode in MODES
                 if runs[_device_index(phase, mode)]
             },
+            "traces_written": written,
+            "traces_skipped": skipped,
         }
 
 

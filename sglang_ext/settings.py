@@ -21,6 +21,7 @@ PAPER_FIELDS = {
     "hisa_block_topk": "top_blocks",
 }
 PAPER_SWITCHES = ("use_misa", "use_hisa")
+MAY_BE_UNSET = ("prefill_mode", "decode_mode", "trace_dir")
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -48,6 +49,8 @@ class Settings:
     prefill_min_tokens: int = _setting(49152, "`auto`: prefill of shorter contexts keeps SGLang's own indexer")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
     runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
+    trace_dir: str | None = _setting(None, "folder for traces of what the indexers see; slow, for diagnosis")
+    trace_rows: int = _setting(16, "query rows of a trace: half the prompt's last, half spread over its last chunk")
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, SERVE_MODES)
@@ -58,6 +61,8 @@ class Settings:
         for name in ("native_tail_rows", "prefill_min_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.trace_rows < 1:
+            raise ValueError(f"trace_rows={self.trace_rows} must be at least 1")
         if any(layer < 0 for layer in self.native_layers):
             raise ValueError(f"native_layers={self.native_layers} must not be negative")
         self.params(DEFAULTS.top_k)
@@ -121,9 +126,14 @@ def _known(name: str, shown: str) -> str:
 
 
 def _parse(name: str, value: Any) -> Any:
-    kind = type(getattr(Settings(), name)) if name not in ("prefill_mode", "decode_mode") else str
     if name == "native_layers":
         return _layers(value)
+    if name in MAY_BE_UNSET:
+        text = "" if value is None else str(value).strip()
+        if text.lower() in ("", "none"):
+            return None
+        return text if name == "trace_dir" else text.lower()  # a folder's name keeps its capitals
+    kind = type(getattr(Settings(), name))
     if kind is bool:
         text = str(value).strip().lower()
         if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
@@ -136,7 +146,7 @@ def _parse(name: str, value: Any) -> Any:
             return int(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name}={value!r} must be an integer") from None
-    if value is None or (name in ("prefill_mode", "decode_mode") and str(value).strip().lower() in ("", "none")):
+    if value is None:
         return None
     return str(value).strip().lower()
 

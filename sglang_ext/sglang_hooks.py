@@ -67,7 +67,7 @@ def hooks() -> tuple[Hook, ...]:
             f"{FORWARD_BATCH}.init_new",
             HookType.AFTER,
             ("batch", "model_runner"),
-            "note how long each prompt is, for native_tail_rows",
+            "note how long each prompt is, for native_tail_rows and traces",
             _after_forward_batch,
         ),
         Hook(
@@ -175,6 +175,8 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             q=q_fp8,
             unsupported=lambda: _unsupported(indexer, attention, pool) or _split_prompts(stage, forward_batch),
         )
+        if forward.trace is not None:
+            stage.write_trace(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
         return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
@@ -221,7 +223,7 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-        if not stage.settings.native_tail_rows or not result.forward_mode.is_extend_without_speculative():
+        if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
             return
@@ -307,17 +309,16 @@ def _select(
         form = OutputForm("position", metadata.attn_metadata.topk_indices_offset)
     else:
         form = OutputForm("slot")
-    stage.run(
-        forward,
-        layer_id,
-        q_fp8,
-        weights[: q_fp8.shape[0]].squeeze(-1),
-        pool.get_index_k_with_scale_buffer(layer_id=layer_id),
-        metadata.get_page_table_64(),
-        form,
-        out,
-    )
+    stage.run(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool), form, out)
     return out
+
+
+def _tensors(
+    layer_id: int, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: Any, pool: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, weights [.., H], index-key pages and page table of a layer."""
+    weights = weights[: q_fp8.shape[0]].squeeze(-1)
+    return q_fp8, weights, pool.get_index_k_with_scale_buffer(layer_id=layer_id), metadata.get_page_table_64()
 
 
 def _pool() -> Any:

@@ -16,6 +16,7 @@ from sglang_ext.counters import Counters
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, Rows, run, split_tail
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.trace_capture import TracePlan, TraceWriter
 
 logger = logging.getLogger("sglang_ext")
 
@@ -25,7 +26,7 @@ KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
 @dataclass(slots=True)
 class Forward:
     """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
-    from.
+    from; trace: what is kept of it, if anything.
     """
 
     phase: str
@@ -33,6 +34,7 @@ class Forward:
     num_rows: int
     parts: tuple[tuple[str, Rows], ...] = ()
     made_of: tuple[torch.Tensor, ...] = ()
+    trace: TracePlan | None = None
 
 
 class Prompts(NamedTuple):
@@ -62,6 +64,7 @@ class Stage:
         self._models: set[Model] = set()
         self._layers: set[int] = set()
         self._prompts: Prompts | None = None
+        self._traces: TraceWriter | None = None
         self._refusals: dict[tuple[Any, ...], str | None] = {}
         self._broken: dict[str, str] = {}
         self._unsupported_logged: set[str] = set()
@@ -86,6 +89,8 @@ class Stage:
             return
         if not self._models:
             self._read_model_config(model_config)
+            if self.settings.trace_dir is not None:
+                self._traces = TraceWriter(self.settings.trace_dir, self.settings.trace_rows, model_config)
         self._models.add(model)
         if device.type != "cuda" or head_dim != 128 or top_k > 2048:
             return
@@ -111,8 +116,12 @@ class Stage:
         if any(policy.asks(phase, self.settings) for phase in ("prefill", "decode")):
             self._reject(f"{policy.UNSUPPORTED[reason]} ({reason})")
 
+    def wants_prompts(self) -> bool:
+        """Whether anything needs to know how long each prompt is."""
+        return self.settings.native_tail_rows > 0 or self._traces is not None
+
     def note_prompts(self, seen: Sequence[int], extend: Sequence[int], whole: list[int]) -> None:
-        """The requests of the batch whose forward comes next, for native_tail_rows."""
+        """The requests of the batch whose forward comes next, for native_tail_rows and traces."""
         self._prompts = Prompts(tuple(seen), tuple(extend), whole)
 
     def prefill(
@@ -141,6 +150,10 @@ class Stage:
         forward = Forward("prefill", self._decide(view), rows)
         if forward.decision.mode != "native":
             self._plan_prefill(forward, seen, extend, q.device)
+        if self._traces is not None:
+            fits = len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
+            obstacle = "graph_capture" if _capturing(q.device) else unsupported() if fits else "rows_mismatch"
+            self._plan_trace(self._traces, forward, seen, extend, obstacle)
         # SGLang's metadata is frozen; it sets attributes on it the same way.
         object.__setattr__(attention, KEPT, forward)
         return forward
@@ -186,6 +199,25 @@ class Stage:
             mode, reason = "native", policy.NATIVE_LAYER
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
         return mode != "native"
+
+    def write_trace(
+        self,
+        forward: Forward,
+        layer_id: int,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+    ) -> None:
+        """Keep this layer's part of the forward's trace, if it has one. Waits for the device; never raises."""
+        if forward.trace is None or self._traces is None:
+            return
+        try:
+            self._traces.write(forward.trace, layer_id, q, weights, k_pages, page_table)
+            self.counters.count_trace()
+        except Exception:  # a full disk or an odd tensor must not end a server that only watches
+            if self.counters.skip_trace("write_error"):
+                logger.exception("a trace could not be written to %s", self.settings.trace_dir)
 
     def run(
         self,
@@ -306,13 +338,30 @@ class Stage:
         if not self.settings.native_tail_rows:
             forward.parts = ((mode, Rows(plan_extend(prefixes, extend, device))),)
             return
-        known = self._prompts
-        if known is None or known.seen != seen or known.extend != tuple(extend) or len(known.whole) != len(seen):
-            # Not the forward of the batch made last: SGLang's warm-up and graph capture serve no request.
+        whole = self._prompt_lengths(seen, extend)
+        if whole is None:
             forward.decision = Decision("native", policy.PROMPT_UNKNOWN)
             return
-        body, tail = split_tail(prefixes, extend, known.whole, self.settings.native_tail_rows, device)
+        body, tail = split_tail(prefixes, extend, whole, self.settings.native_tail_rows, device)
         forward.parts = ((mode, body), ("native", tail))
+
+    def _prompt_lengths(self, seen: tuple[int, ...], extend: list[int]) -> list[int] | None:
+        """Lengths of the whole prompts; None for another forward than that of the batch made last: SGLang's warm-up
+        and graph capture serve no request.
+        """
+        known = self._prompts
+        if known is None or known.seen != seen or known.extend != tuple(extend) or len(known.whole) != len(seen):
+            return None
+        return known.whole
+
+    def _plan_trace(
+        self, traces: TraceWriter, forward: Forward, seen: tuple[int, ...], extend: list[int], obstacle: str | None
+    ) -> None:
+        plan = obstacle or traces.plan(seen, extend, self._prompt_lengths(seen, extend), self.settings_top_k())
+        if isinstance(plan, TracePlan):
+            forward.trace = plan
+        elif self.counters.skip_trace(plan):
+            logger.info("no trace of this forward: %s", plan)
 
     def _compile(self, modes: Sequence[str], num_heads: int, top_k: int) -> None:
         """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).

@@ -1,183 +1,164 @@
-"""`sglang-ext compare`: every mode on structured synthetic data, against native. Needs neither a GPU nor SGLang."""
+"""`sglang-ext compare`: every mode against native, on traces of a model or synthetic data. No GPU, no SGLang needed."""
 
 import argparse
-import dataclasses
 import statistics
 import sys
-import time
-import typing
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from indexer_kernels import MODES, IndexerParams, select_ragged
-from indexer_kernels.synthetic import SyntheticCase, make_case
-from sglang_ext.cli.compare_report import NOTE, Result, format_table, write_json, write_plot
-from sglang_ext.cli.work_counts import count_work
+from indexer_kernels.traces import embedded_traces, load_traces
+from sglang_ext.cli.compare_report import Layer, Result, format_table, write_json, write_plot
+from sglang_ext.cli.parameter_flags import (
+    add_common_flags,
+    add_parameter_flags,
+    check_outputs,
+    integers,
+    parameters_of,
+)
+from sglang_ext.cli.recall import Measured, Sample, evaluate, synthetic_sample, trace_samples
 
-GPU_REPEATS = 5
+SYNTHETIC_NOTE = (
+    "Synthetic data: recall here compares implementations and shows failure modes; it is no claim about model quality."
+)
+SYNTHETIC_CONTEXTS = [4096, 8192, 16384, 32768]
+SYNTHETIC_ONLY = {"rows": 32, "heads": 64, "seed": 0}
+
+
+class Data(NamedTuple):
+    """What is compared on, and the sentence that says so."""
+
+    samples: list[Sample]
+    note: str
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `compare`; one flag per field of IndexerParams."""
     parser = commands.add_parser(
         "compare",
-        help="compare all modes on synthetic data (no GPU, no SGLang needed)",
-        description=f"Compare the modes with native on synthetic keys and queries. {NOTE}",
+        help="compare all modes on traces of a model or synthetic data (no GPU, no SGLang needed)",
+        description="Compare the modes with native: share of its tokens and of their attention mass that a mode finds.",
         allow_abbrev=False,
     )
-    parser.add_argument("--contexts", type=_integers, default=[4096, 8192, 16384, 32768], metavar="N,N,...")
     parser.add_argument(
-        "--rows", type=int, default=32, help="query rows at the end of the context (default: %(default)s)"
+        "--data",
+        metavar="traces|synthetic|FILE",
+        help="the traces in this package (default, if it has any), made-up keys and queries, or a file or folder of "
+        "traces",
     )
-    parser.add_argument("--heads", type=int, default=64, help="indexer heads (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--modes", type=_names, default=list(MODES), metavar="MODE,...", help=f"of {', '.join(MODES)}")
-    parser.add_argument("--backend", choices=("reference", "gpu", "auto"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw recall and work over the context")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("parameters of the modes")
-    hints = typing.get_type_hints(IndexerParams)
-    for field in dataclasses.fields(IndexerParams):
-        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
-        if kind is int:
-            group.add_argument(flag, type=int, default=field.default, help="(default: %(default)s)")
-        else:
-            group.add_argument(
-                flag, choices=typing.get_args(kind), default=field.default, help="(default: %(default)s)"
-            )
+    parser.add_argument("--contexts", type=integers, metavar="N,N,...", help="of these lengths only")
+    parser.add_argument("--rows", type=int, help="synthetic: query rows at the end of the context (default: 32)")
+    parser.add_argument("--heads", type=int, help="synthetic: indexer heads (default: 64)")
+    parser.add_argument("--seed", type=int, help="synthetic: (default: 0)")
+    add_common_flags(parser)
+    add_parameter_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs every mode on every context, prints the table, writes the files asked for."""
-    params = IndexerParams(**{field.name: getattr(args, field.name) for field in dataclasses.fields(IndexerParams)})
-    _check(args)
+    params = parameters_of(args)
+    check_outputs(args.json, args.plot)
+    data = load_data(args)
     device = "cuda" if args.backend != "reference" and torch.cuda.is_available() else "cpu"
-    results: list[Result] = []
-    # The first call pays for threads and memory of the whole process; it is not timed.
-    _select("native", make_case(min(args.contexts), args.rows, args.heads).to(device), params, "reference")
+    measured: list[Measured] = []
     quiet = args.quiet or not sys.stderr.isatty()
-    with tqdm(total=len(args.contexts) * len(args.modes), file=sys.stderr, disable=quiet, unit="run") as progress:
-        for context in args.contexts:
-            case = make_case(context, args.rows, args.heads, args.seed).to(device)
-            native = None
-            for mode in args.modes:
-                progress.set_description(f"{context} {mode}")
-                seconds, chosen = _timed(partial(_select, mode, case, params, args.backend), device)
-                if native is None:
-                    native = chosen if mode == "native" else _select("native", case, params, args.backend)
-                results.append(_result(mode, context, args.heads, params, case, chosen, native, seconds))
-                progress.update()
-    print(_header(args, device))
+    with tqdm(total=len(data.samples) * len(args.modes), file=sys.stderr, disable=quiet, unit="run") as progress:
+        for one in evaluate(data.samples, args.modes, [params], args.backend, device):
+            if one is not None:
+                progress.set_description(f"{one.context} {one.mode}")
+                measured.append(one)
+            progress.update()
+    results = summarise(measured)
+    if not results:
+        raise ValueError(f"no row of the data can measure --modes {','.join(args.modes)}")
+    print(_header(data, args.backend, device))
     print(format_table(results))
     if args.json:
-        write_json(args.json, results, params, vars(args), device)
+        write_json(args.json, results, params, vars(args), device, data.note)
     if args.plot:
-        write_plot(args.plot, results)
+        write_plot(args.plot, results, data.note)
     for path in (args.json, args.plot):
         if path:
             print(f"wrote {path}")
     return 0
 
 
-def _integers(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of integers such as 4096,8192") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' holds a length below 1")
-    return values
+def load_data(args: argparse.Namespace) -> Data:
+    """The samples that --data names. Raises ValueError for flags that do not go with it, or traces that are not there.
+
+    Fills in the defaults of the synthetic flags, so that what ran is in `args`.
+    """
+    embedded = embedded_traces()
+    if args.data == "traces" and embedded is None:
+        raise ValueError("--data traces: this version holds none; name a file, or use --data synthetic")
+    missing = args.data is None and embedded is None
+    args.data = args.data or ("synthetic" if missing else "traces")
+    if args.data == "synthetic":
+        note = SYNTHETIC_NOTE + (" (The package holds no traces.)" if missing else "")
+        for name, default in SYNTHETIC_ONLY.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+        contexts = sorted(set(args.contexts or SYNTHETIC_CONTEXTS))
+        if args.rows > contexts[0]:
+            raise ValueError(f"--rows {args.rows} is more than the shortest context, {contexts[0]}")
+        return Data([synthetic_sample(context, args.rows, args.heads, args.seed) for context in contexts], note)
+    if given := [name for name in SYNTHETIC_ONLY if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0]} {getattr(args, given[0])} is for --data synthetic; traces have their own")
+    traces = load_traces(embedded if args.data == "traces" and embedded else Path(args.data))
+    samples = trace_samples(traces, args.contexts)
+    models = ", ".join(sorted({trace.model for trace in traces}))
+    small = ", a small model: a large one looks for other things, measure yours" if args.data == "traces" else ""
+    return Data(samples, f"Traces of {models}{small}. Recall and mass are of native's selection, not of answers.")
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in MODES]:
-        raise argparse.ArgumentTypeError(f"unknown mode {', '.join(unknown)}; known: {', '.join(MODES)}")
-    return names
+def summarise(measured: Sequence[Measured]) -> list[Result]:
+    """One result per context and mode, over all rows of all samples, layers apart as well."""
+    groups: dict[tuple[int, str], list[Measured]] = {}
+    for one in sorted(measured, key=lambda one: one.context):
+        groups.setdefault((one.context, one.mode), []).append(one)
+    return [_result(context, mode, group) for (context, mode), group in groups.items()]
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What would fail only after minutes of work fails here."""
-    if args.rows > min(args.contexts):
-        raise ValueError(f"--rows {args.rows} is more than the shortest context, {min(args.contexts)}")
-    if args.plot and args.plot.suffix != ".png":
-        raise ValueError(f"--plot {args.plot} must end in .png")
-    for path in (args.json, args.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"the folder of {path} does not exist")
-    if args.plot:
-        try:
-            import matplotlib  # noqa: F401  (only asked whether it is there)
-        except ModuleNotFoundError:
-            raise ValueError("--plot needs matplotlib: pip install 'sglang-ext[plot]'") from None
-
-
-def _select(mode: str, case: SyntheticCase, params: IndexerParams, backend: str) -> torch.Tensor:
-    return select_ragged(
-        mode, case.q, case.weights, case.k, case.k_scale, case.ks, case.ke, params=params, backend=backend
-    )
-
-
-def _timed(work: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
-    """Seconds and result: one call on a CPU; on a GPU the median of a few after one that compiles."""
-    if device == "cpu":
-        start = time.perf_counter()
-        result = work()
-        return time.perf_counter() - start, result
-    result, seconds = work(), []
-    for _ in range(GPU_REPEATS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), result
-
-
-def _result(
-    mode: str,
-    context: int,
-    heads: int,
-    params: IndexerParams,
-    case: SyntheticCase,
-    chosen: torch.Tensor,
-    native: torch.Tensor,
-    seconds: float,
-) -> Result:
-    wanted, found = (_selected(indices, context) for indices in (native, chosen))
-    recall = (wanted & found).sum(1) / wanted.sum(1)
-    needles = wanted.gather(1, case.needles)
-    kept = (found.gather(1, case.needles) & needles).sum().item()
-    per_row = [count_work(mode, int(length), heads, params) for length in (case.ke - case.ks).tolist()]
+def _result(context: int, mode: str, group: list[Measured]) -> Result:
+    recall, mass = (torch.cat([getattr(one, name) for one in group]) for name in ("recall", "mass"))
+    wanted = sum(one.wanted for one in group)
+    work = [row for one in group for row in one.work]
+    layers = []
+    for layer in sorted({one.layer for one in group if one.layer is not None}):
+        own = [one for one in group if one.layer == layer]
+        layers.append(
+            Layer(
+                layer,
+                *(torch.cat([getattr(one, name) for one in own]).mean().item() for name in ("recall", "mass")),
+            )
+        )
     return Result(
         context=context,
         mode=mode,
+        rows=len(recall),
         recall_mean=recall.mean().item(),
         recall_min=recall.min().item(),
-        needles_kept=kept / needles.sum().item() if needles.any() else None,
-        tokens_all_heads=statistics.fmean(work.tokens_all_heads for work in per_row),
-        tokens_routed=statistics.fmean(work.tokens_routed for work in per_row),
-        head_products=statistics.fmean(work.head_products for work in per_row),
-        key_bytes=statistics.fmean(work.key_bytes for work in per_row),
-        seconds=seconds,
+        mass_mean=mass.mean().item(),
+        mass_min=mass.min().item(),
+        layers=tuple(layers),
+        needles_kept=sum(one.kept for one in group) / wanted if wanted else None,
+        tokens_all_heads=statistics.fmean(row.tokens_all_heads for row in work),
+        tokens_routed=statistics.fmean(row.tokens_routed for row in work),
+        head_products=statistics.fmean(row.head_products for row in work),
+        key_bytes=statistics.fmean(row.key_bytes for row in work),
+        seconds=statistics.fmean(one.seconds for one in group),
     )
 
 
-def _selected(indices: torch.Tensor, context: int) -> torch.Tensor:
-    """[M, context] bool of the selected tokens; -1 is dropped into a column of its own."""
-    flags = torch.zeros(indices.shape[0], context + 1, dtype=torch.bool, device=indices.device)
-    return flags.scatter_(1, indices.long().where(indices >= 0, context), True)[:, :context]
-
-
-def _header(args: argparse.Namespace, device: str) -> str:
+def _header(data: Data, backend: str, device: str) -> str:
     where = "this CPU" if device == "cpu" else torch.cuda.get_device_name()
+    rows, heads = (sorted({sample.tensors[0].shape[axis] for sample in data.samples}) for axis in (0, 1))
+    shown = [" or ".join(map(str, counts)) for counts in (rows, heads)]
     return (
-        f"{NOTE}\nTimes: all {args.rows} rows of one layer, backend '{args.backend}' on {where}"
+        f"{data.note}\nTimes: {shown[0]} rows of one layer and prompt, {shown[1]} heads, backend '{backend}' on {where}"
         + ("; the reference is written to be read, its times say nothing about a server." if device == "cpu" else ".")
-        + f"\nrows {args.rows}, heads {args.heads}, seed {args.seed}; counts and bytes are per row, from the formulas."
+        + "\nCounts and bytes are per row, from the formulas."
     )

@@ -3,28 +3,38 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from indexer_kernels import IndexerParams
 
-NOTE = (
-    "Synthetic data: recall here compares implementations and shows failure modes; it is no claim about model quality."
-)
+
+class Layer(NamedTuple):
+    """Means over the rows of one layer of a model."""
+
+    layer: int
+    recall_mean: float
+    mass_mean: float
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One mode on one context. Recall: share of native's tokens that were selected; counts are means per row."""
+    """One mode on one context. Recall: share of native's tokens that were selected; mass: share of the attention that
+    the indexer predicts for them; counts are means per row.
+    """
 
     context: int
     mode: str
+    rows: int
     recall_mean: float
     recall_min: float
+    mass_mean: float
+    mass_min: float
+    layers: tuple[Layer, ...]  # none for synthetic data
     needles_kept: float | None  # share of the wanted needle tokens native selects; None where native selects none
     tokens_all_heads: float
     tokens_routed: float
@@ -33,18 +43,36 @@ class Result:
     seconds: float
 
 
-COLUMNS = ("context", "mode", "recall", "min", "needles", "tokens x all", "x routed", "products", "KiB read", "ms")
+COLUMNS = (
+    "context",
+    "mode",
+    "recall",
+    "min",
+    "mass",
+    "min",
+    "{}",
+    "tokens x all",
+    "x routed",
+    "products",
+    "KiB read",
+    "ms",
+)
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """Columns: mean and worst recall, needles kept, tokens scored by all and by routed heads, their products."""
-    rows = [COLUMNS] + [
+    """Columns: mean and worst recall and mass, the layer with the worst recall (synthetic: needles kept), tokens scored
+    by all and by routed heads, their products.
+    """
+    layers = any(result.layers for result in results)
+    rows = [tuple(name.format("worst layer" if layers else "needles") for name in COLUMNS)] + [
         (
             f"{result.context}",
             result.mode,
             f"{result.recall_mean:.3f}",
             f"{result.recall_min:.3f}",
-            "-" if result.needles_kept is None else f"{result.needles_kept:.3f}",
+            f"{result.mass_mean:.3f}",
+            f"{result.mass_min:.3f}",
+            _worst_layer(result) if layers else _share(result.needles_kept),
             f"{result.tokens_all_heads:,.0f}",
             f"{result.tokens_routed:,.0f}",
             f"{result.head_products:,.0f}",
@@ -66,26 +94,35 @@ def format_table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _worst_layer(result: Result) -> str:
+    worst = min(result.layers, key=lambda layer: layer.recall_mean)
+    return f"{worst.recall_mean:.3f} ({worst.layer})"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def write_json(
-    path: Path, results: Sequence[Result], params: IndexerParams, arguments: Mapping[str, Any], device: str
+    path: Path, results: Sequence[Result], params: IndexerParams, arguments: Mapping[str, Any], device: str, note: str
 ) -> None:
     """Everything needed to repeat the run, and its rows."""
     content = {
         "what": "sglang-ext compare",
-        "note": NOTE,
+        "note": note,
         "argv": sys.argv[1:],
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "params": asdict(params),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "results": [asdict(result) for result in results],
+        "results": [asdict(result) | {"layers": [layer._asdict() for layer in result.layers]} for result in results],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_plot(path: Path, results: Sequence[Result]) -> None:
-    """Three panels over the context length: recall, needles kept, work as a share of native's products."""
+def write_plot(path: Path, results: Sequence[Result], note: str) -> None:
+    """Three panels over the context length: recall, mass (synthetic: needles kept), products of heads and tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,9 +131,14 @@ def write_plot(path: Path, results: Sequence[Result]) -> None:
     contexts = sorted({result.context for result in results})
     modes = list(dict.fromkeys(result.mode for result in results))
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    panels = (
+    second: tuple[str, Callable[[Result], float | None]] = (
+        ("attention mass of native's tokens, mean over rows", lambda result: result.mass_mean)
+        if any(result.layers for result in results)
+        else ("needles kept, of those native selects", lambda result: result.needles_kept)
+    )
+    panels: tuple[tuple[str, Callable[[Result], float | None]], ...] = (
         ("recall of native's tokens, mean over rows", lambda result: result.recall_mean),
-        ("needles kept, of those native selects", lambda result: result.needles_kept),
+        second,
         ("head-token products per row", lambda result: result.head_products),
     )
     for axis, (title, value) in zip(axes, panels):
@@ -119,6 +161,6 @@ def write_plot(path: Path, results: Sequence[Result]) -> None:
         axis.set_ylim(-0.03, 1.03)
     axes[2].set_yscale("log")
     axes[0].legend(fontsize=9)
-    figure.suptitle(NOTE, fontsize=9)
+    figure.suptitle(note, fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,9 +1,10 @@
 """SGLang's real Indexer class under the plugin's hooks, over stand-ins of what needs a GPU or a server."""
 
 import contextlib
+import dataclasses
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,22 @@ from sglang_ext import sglang_hooks
 from sglang_ext.counters import Counters
 from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
+from sglang_ext.trace_capture import TraceWriter
 from tests.support.inputs import Batch
 
 TOP_K = 64
 LAYER = 3
+TARGETS = (
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer.__init__",
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._get_topk_ragged",
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._get_topk_paged",
+    "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool.__init__",
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+    "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+)
+SWITCH_TARGET = (
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers"
+)
 
 
 class Recorder:
@@ -42,27 +55,31 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def saved_targets(stage: Stage) -> Iterator[None]:
-    """Undoes every patch on the hooks' targets, and what the registry holds, when it ends."""
-    saved = []
-    for hook in sglang_hooks.wanted_hooks(stage.settings.runtime_switch):
-        owner, _, name = hook.target.rpartition(".")
-        owner = pkgutil.resolve_name(owner)
-        saved.append((owner, name, vars(owner)[name]))
+def unpatched_sglang() -> Iterator[None]:
+    """An empty hook registry inside; afterwards SGLang's methods and registry are as they were.
+
+    HookRegistry.reset() forgets what it patched, and undoes nothing.
+    """
+    owners = [target.rpartition(".") for target in (*TARGETS, SWITCH_TARGET)]
+    found = [(pkgutil.resolve_name(owner), name) for owner, _, name in owners]
+    methods = [(owner, name, vars(owner)[name]) for owner, name in found]
+    hooks, patched = {target: list(own) for target, own in HookRegistry._hooks.items()}, set(HookRegistry._patched)
     HookRegistry.reset()
     try:
         yield
     finally:
+        for owner, name, method in methods:
+            setattr(owner, name, method)
         HookRegistry.reset()
-        for owner, name, original in saved:
-            setattr(owner, name, original)
+        HookRegistry._hooks.update(hooks)
+        HookRegistry._patched.update(patched)
 
 
 @contextlib.contextmanager
 def hooked(stage: Stage) -> Iterator[Recorder]:
     """The hooks of `stage` on the real classes, around recorded originals of the Indexer's methods."""
     native = Recorder()
-    with saved_targets(stage):
+    with unpatched_sglang():
         for name in ("__init__", "_get_topk_ragged", "_get_topk_paged"):
             setattr(Indexer, name, native.method(getattr(Indexer, name)))
         assert sglang_hooks.verify(stage.settings.runtime_switch) == []
@@ -78,62 +95,58 @@ def use(stage: Stage, **settings: Any) -> None:
     stage.settings = Settings(**defaults | settings)
     stage.counters = Counters()
     stage._prompts = None
+    folder, rows = stage.settings.trace_dir, stage.settings.trace_rows
+    stage._traces = None if folder is None else TraceWriter(folder, rows, {"_name_or_path": "models/tiny"})
     stage._unsupported_logged.clear()
 
 
 def indexer(**changes: Any) -> Any:
-    """What the hooks read of an Indexer."""
+    """An Indexer that was never built: only what the hooks read of it."""
     values = {"index_topk": TOP_K, "head_dim": 128, "n_heads": 8, "num_init_tokens": 0, "num_local_tokens": 0}
-    return SimpleNamespace(**values | {"layer_id": LAYER, "dsa_enable_prefill_cp": False} | changes)
+    unbuilt = object.__new__(Indexer)
+    unbuilt.__dict__.update(values | {"layer_id": LAYER, "dsa_enable_prefill_cp": False} | changes)
+    return unbuilt
 
 
 class Pool:
-    """An index-key pool with the pages of one layer."""
+    """An index-key pool; `layers` have the same pages, another layer's are not given out."""
 
     index_page_size = page_size = 64
 
-    def __init__(self, pages: torch.Tensor) -> None:
-        self.pages = pages
+    def __init__(self, pages: torch.Tensor, layers: Collection[int] = (LAYER,), **changes: Any) -> None:
+        self.pages, self.layers = pages, layers
+        self.__dict__.update(changes)
 
     def get_index_k_with_scale_buffer(self, layer_id: int) -> torch.Tensor:
-        assert layer_id == LAYER
+        assert layer_id in self.layers
         return self.pages
 
 
-def metadata(batch: Batch, counts: list[int], expand: bool = False, **changes: Any) -> DSAIndexerMetadata:
-    """SGLang's real metadata of a forward whose last counts[r] rows per request are the batch's.
+def metadata(batch: Batch, counts: list[int] | None = None, expand: bool = False, **changes: Any) -> DSAIndexerMetadata:
+    """SGLang's real metadata of a batch that brings counts[r] rows per request (None: those it has).
 
     expand: the layout of target-verify, one page-table row per query row.
     """
-    per_request = [length for length, last in zip(batch.lengths, _last_rows(counts)) if last]
-    seen = torch.tensor(batch.lengths, dtype=torch.int32)
-    table = batch.page_table[batch.row_request] if expand else batch.page_table
-    form = {name: changes.pop(name) for name in ("topk_transform_method", "force_unfused_topk") if name in changes}
-    unused = torch.empty(0, dtype=torch.int32)
-    fields = {
+    per_request = [len(keys) for keys in batch.k]
+    counts = [batch.row_request.count(request) for request in range(len(batch.k))] if counts is None else counts
+    seen, row_request = torch.tensor(batch.lengths, dtype=torch.int32), torch.tensor(batch.row_request)
+    form = {"topk_transform_method": TopkTransformMethod.PAGED, "force_unfused_topk": False}
+    form |= {name: changes.pop(name) for name in form if name in changes}
+    ragged = form["topk_transform_method"] is TopkTransformMethod.RAGGED
+    fields = {field.name: None for field in dataclasses.fields(DSAMetadata) if field.default is dataclasses.MISSING}
+    fields |= {
         "page_size": 64,
         "cache_seqlens_int32": torch.tensor(per_request, dtype=torch.int32),
-        "max_seq_len_q": 1,
-        "max_seq_len_k": max(per_request),
-        "cu_seqlens_q": unused,
-        "cu_seqlens_k": unused,
-        "page_table_1": None,
-        "real_page_table": table,
-        "dsa_cache_seqlens_int32": seen.clamp_max(TOP_K),
-        "dsa_cu_seqlens_q": unused,
-        "dsa_cu_seqlens_k": unused,
+        "real_page_table": batch.page_table[row_request].contiguous() if expand else batch.page_table,
         "dsa_extend_seq_lens_list": counts,
         "dsa_seqlens_expanded": seen,
         "indexer_k_start_end": (batch.ks, batch.ke),
         "indexer_seq_lens_cpu": torch.tensor(per_request),
-        "topk_indices_offset": batch.ks,
+        "indexer_seq_lens": torch.tensor(per_request),
+        "token_to_batch_idx": row_request.int(),
+        "topk_indices_offset": batch.ks if ragged else None,
     }
-    form = {"topk_transform_method": TopkTransformMethod.PAGED, "force_unfused_topk": False} | form
     return DSAIndexerMetadata(attn_metadata=DSAMetadata(**fields | changes), **form)
-
-
-def _last_rows(counts: list[int]) -> list[bool]:
-    return [row == count - 1 for count in counts for row in range(count)]
 
 
 @contextlib.contextmanager

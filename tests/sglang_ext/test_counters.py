@@ -14,7 +14,16 @@ CPU = torch.device("cpu")
 
 
 def test_empty():
-    assert Counters().snapshot() == {"forwards": [], "calls": [], "captured": [], "device_runs": {}}
+    empty = {"forwards": [], "calls": [], "captured": [], "device_runs": {}}
+    assert Counters().snapshot() == empty | {"traces_written": 0, "traces_skipped": {}}
+
+
+def test_traces():
+    counters = Counters()
+    counters.count_trace()
+    assert [counters.skip_trace(why) for why in ("a", "b", "a")] == [True, True, False]
+    snapshot = counters.snapshot()
+    assert snapshot["traces_written"] == 1 and snapshot["traces_skipped"] == {"a": 2, "b": 1}
 
 
 def test_calls_and_rows_add_up_per_phase_mode_and_reason():

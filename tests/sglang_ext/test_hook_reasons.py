@@ -13,24 +13,20 @@ from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
 from tests.support.brute_force import brute_force
 from tests.support.compare import assert_same_selection
-from tests.support.fake_sglang_objects import (
-    MISA,
-    indexer_of,
-    metadata_of,
-    padded,
-    pool_of,
-    sglang_forward,
-    unpatched_sglang,
-)
 from tests.support.inputs import Batch, make_batch
+from tests.support.stage_calls import MISA
 
 pytest.importorskip("sglang", reason="the sglang extra is not installed")
 from sglang.srt.layers.attention.dsa import dsa_indexer
+from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_ext import sglang_hooks
+from tests.sglang_ext import patched_indexer as sut
+from tests.sglang_ext.patched_indexer import TOP_K
 
-TOP_K = 64
+LAYERS = range(8)
 NATIVE = object()  # what SGLang's own indexer answers here
 STRICT = replace(MISA, strict=True)
 
@@ -40,7 +36,7 @@ class Served:
     """SGLang with the hooks applied, around recorders in place of its own methods."""
 
     stage: Stage
-    pool: SimpleNamespace
+    pool: sut.Pool
     backend: SimpleNamespace
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
@@ -51,10 +47,14 @@ class Served:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Served]]:
     """serve(settings, batch): install the plugin for them."""
-    with unpatched_sglang():
+    with sut.unpatched_sglang():
 
         def make(settings: Settings, batch: Batch, **pool: Any) -> Served:
-            served = Served(Stage(settings, {}), pool_of(batch, **pool), SimpleNamespace(hisparse_coordinator=None))
+            served = Served(
+                Stage(settings, {}),
+                sut.Pool(batch.k_pages, LAYERS, **pool),
+                SimpleNamespace(hisparse_coordinator=None),
+            )
 
             def recorder(name: str) -> Callable[..., Any]:
                 def original(*args: Any, **kwargs: Any) -> Any:
@@ -87,17 +87,27 @@ def steps() -> Batch:
     return make_batch([300, 40, 65, 1], 1, num_heads=8, seed=6)
 
 
+def forward_of(mode: ForwardMode, **fields: Any) -> SimpleNamespace:
+    """What the plugin looks at in a ForwardBatch."""
+    return SimpleNamespace(forward_mode=mode, **fields)
+
+
+def inputs_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """q_fp8 and weights [.., H, 1]."""
+    return batch.q, batch.weights.unsqueeze(-1)
+
+
 def extend(batch: Batch, metadata: Any, layer: int = 0, indexer: Any = None, forward: Any = None) -> Any:
     """The patched _get_topk_ragged, called as forward_cuda calls it."""
-    indexer = indexer_of(batch, TOP_K) if indexer is None else indexer
-    forward = sglang_forward("EXTEND") if forward is None else forward
-    return indexer._get_topk_ragged(False, forward, layer, *padded(batch), metadata)
+    indexer = sut.indexer() if indexer is None else indexer
+    forward = forward_of(ForwardMode.EXTEND) if forward is None else forward
+    return indexer._get_topk_ragged(False, forward, layer, *inputs_of(batch), metadata)
 
 
 def step(batch: Batch, metadata: Any, indexer: Any = None) -> Any:
     """The patched _get_topk_paged in decode."""
-    indexer = indexer_of(batch, TOP_K) if indexer is None else indexer
-    return indexer._get_topk_paged(sglang_forward("DECODE"), 0, *padded(batch), metadata)
+    indexer = sut.indexer() if indexer is None else indexer
+    return indexer._get_topk_paged(forward_of(ForwardMode.DECODE), 0, *inputs_of(batch), metadata)
 
 
 def to_positions(out: torch.Tensor, batch: Batch, form: str) -> torch.Tensor:
@@ -135,12 +145,19 @@ def check(out: torch.Tensor, batch: Batch, settings: Settings, form: str = "slot
 )
 def test_prefill_against_brute_force(serve, batch, method, unfused, form):
     serve(STRICT, batch)
-    check(extend(batch, metadata_of(batch, method, unfused)), batch, MISA, form)
+    check(
+        extend(
+            batch, sut.metadata(batch, topk_transform_method=TopkTransformMethod[method], force_unfused_topk=unfused)
+        ),
+        batch,
+        MISA,
+        form,
+    )
 
 
 def test_decode_against_brute_force(serve, steps):
     serve(STRICT, steps)
-    check(step(steps, metadata_of(steps)), steps, MISA)
+    check(step(steps, sut.metadata(steps)), steps, MISA)
 
 
 @pytest.mark.parametrize("mode", ["misa_rerank", "hisa", "group_rerank"])
@@ -149,11 +166,11 @@ def test_modes_with_a_budget_against_brute_force(serve, mode):
     batch = make_batch([2500, 200], [3, 2], num_heads=8, seed=2)
     settings = replace(STRICT, mode=mode, candidates=2048, block_size=64, top_blocks=33)
     serve(settings, batch)
-    check(extend(batch, metadata_of(batch)), batch, settings)
+    check(extend(batch, sut.metadata(batch)), batch, settings)
 
 
 def test_native_layers(serve, batch):
-    served, metadata = serve(replace(STRICT, native_layers=(0, 2)), batch), metadata_of(batch)
+    served, metadata = serve(replace(STRICT, native_layers=(0, 2)), batch), sut.metadata(batch)
     results = [extend(batch, metadata, layer=layer) for layer in range(4)]
     assert [result is NATIVE for result in results] == [True, False, True, False]
     assert [args[3] for _, args, _ in served.calls] == [0, 2]
@@ -166,8 +183,8 @@ def test_native_layers(serve, batch):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_native_prefill_is_sglangs_own_call(serve, batch, given):
-    served, metadata, indexer = serve(Settings(mode="native"), batch), metadata_of(batch), indexer_of(batch, TOP_K)
-    inputs, forward, result = padded(batch), sglang_forward("EXTEND"), torch.zeros(1) if given else None
+    served, metadata, indexer = serve(Settings(mode="native"), batch), sut.metadata(batch), sut.indexer()
+    inputs, forward, result = inputs_of(batch), forward_of(ForwardMode.EXTEND), torch.zeros(1) if given else None
     more = (result,) if given else ()
     assert indexer._get_topk_ragged(False, forward, 7, *inputs, metadata, *more) is NATIVE
     [(name, args, kwargs)] = served.calls
@@ -177,8 +194,8 @@ def test_native_prefill_is_sglangs_own_call(serve, batch, given):
 
 
 def test_native_decode_is_sglangs_own_call(serve, steps):
-    served, metadata, indexer = serve(Settings(), steps), metadata_of(steps), indexer_of(steps, TOP_K)
-    inputs, forward = padded(steps), sglang_forward("DECODE")
+    served, metadata, indexer = serve(Settings(), steps), sut.metadata(steps), sut.indexer()
+    inputs, forward = inputs_of(steps), forward_of(ForwardMode.DECODE)
     assert indexer._get_topk_paged(forward, 7, *inputs, metadata) is NATIVE
     [(name, args, kwargs)] = served.calls
     want = (indexer, forward, 7, *inputs, metadata)
@@ -210,12 +227,12 @@ def meet(serve: Any, batch: Batch, steps: Batch, phase: str, reason: str, strict
     some = batch if phase == "prefill" else steps
     served = serve(replace(MISA, strict=strict, **obstacle.get("settings", {})), some, **obstacle.get("pool", {}))
     served.backend.__dict__.update(obstacle.get("backend", {}))
-    metadata = metadata_of(some, **obstacle.get("metadata", {}))
-    indexer = indexer_of(some, TOP_K, **obstacle.get("indexer", {}))
+    metadata = sut.metadata(some, **obstacle.get("metadata", {}))
+    indexer = sut.indexer(**obstacle.get("indexer", {}))
     if phase == "decode":
         return served, step(some, metadata, indexer)
     return served, extend(
-        some, metadata, indexer=indexer, forward=sglang_forward("EXTEND", **obstacle.get("forward", {}))
+        some, metadata, indexer=indexer, forward=forward_of(ForwardMode.EXTEND, **obstacle.get("forward", {}))
     )
 
 

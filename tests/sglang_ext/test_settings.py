@@ -99,6 +99,7 @@ def test_own_field_must_be_an_object(value):
         ("strict", "maybe", ("true or false",)),
         ("strict", 2, ("true or false",)),
         ("runtime_switch", "", ("true or false",)),
+        ("trace_rows", 0, ("at least 1",)),
         ("active_heads", "eight", ("integer",)),
         ("active_heads", "", ("integer",)),
         ("active_heads", 4.5, ("integer",)),
@@ -152,6 +153,14 @@ def test_phase_modes_can_be_unset(value):
     settings = load_settings({"sglang_ext": {"mode": "hisa", "prefill_mode": value, "decode_mode": value}}, {})
     assert settings.prefill_mode is None and settings.decode_mode is None
     assert settings.phase_mode("prefill") == settings.phase_mode("decode") == "hisa"
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [(None, None), ("", None), (" None ", None), (" Some/Folder/X ", "Some/Folder/X")],
+)
+def test_a_folder_keeps_its_capitals(value, want):
+    assert load_settings({"sglang_ext": {"trace_dir": value}}, {}).trace_dir == want
 
 
 @pytest.mark.parametrize(
@@ -214,7 +223,9 @@ def test_phase_mode(settings, prefill, decode):
 
 
 def test_as_dict_loads_back():
-    settings = Settings(mode="hisa", decode_mode="native", native_layers=(0, 3), strict=True, candidates=4096)
+    settings = Settings(
+        mode="hisa", decode_mode="native", native_layers=(0, 3), strict=True, candidates=4096, trace_dir="A"
+    )
     assert load_settings({"sglang_ext": json.loads(json.dumps(settings.as_dict()))}, {}) == settings
 
 

@@ -68,7 +68,7 @@ def test_prompts_are_noted_through_the_real_classmethod(monkeypatch, made, tail_
         return made
 
     stage = Stage(Settings(native_tail_rows=tail_rows), {})
-    with sut.saved_targets(stage):
+    with sut.unpatched_sglang():
         ForwardBatch.init_new = classmethod(init_new)
         sglang_hooks.install(stage)
         HookRegistry.apply_hooks()
@@ -76,6 +76,13 @@ def test_prompts_are_noted_through_the_real_classmethod(monkeypatch, made, tail_
         batch = SimpleNamespace(reqs=requests, decoding_reqs=None)
         assert ForwardBatch.init_new(batch, None, return_hidden_states_before_norm=False) is made
     assert stage._prompts == want
+
+
+def test_traces_need_the_prompts_too(tmp_path):
+    stage = Stage(Settings(), {})
+    assert not stage.wants_prompts()
+    sut.use(stage, trace_dir=str(tmp_path))
+    assert stage.wants_prompts()
 
 
 def server_info(stage: Stage) -> dict[str, Any]:

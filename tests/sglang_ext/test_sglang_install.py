@@ -13,7 +13,6 @@ import torch
 
 from sglang_ext.settings import SERVE_MODES, Settings
 from sglang_ext.stage import Stage
-from tests.support.fake_sglang_objects import SWITCH_TARGET, TARGETS, unpatched_sglang
 
 pytest.importorskip("sglang")
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
@@ -25,6 +24,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_ext import sglang_hooks
+from tests.sglang_ext.patched_indexer import SWITCH_TARGET, TARGETS, unpatched_sglang
 
 SWITCH = internal_state.SchedulerInternalStateController
 

@@ -14,8 +14,8 @@ from sglang_ext.runner import OutputForm
 from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
 from tests.support.compare import assert_same_selection
-from tests.support.fake_sglang_objects import MISA, Asked, Attention, calls, decode, log_lines, prefill, stage_batch
 from tests.support.inputs import Batch
+from tests.support.stage_calls import MISA, Asked, Attention, calls, decode, log_lines, prefill, stage_batch
 
 TOP_K = 64
 

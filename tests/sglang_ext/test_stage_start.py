@@ -14,8 +14,8 @@ import torch
 from sglang_ext import policy
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
 from sglang_ext.stage import Stage
-from tests.support.fake_sglang_objects import MISA, Attention, log_lines, prefill, stage_batch
 from tests.support.inputs import Batch
+from tests.support.stage_calls import MISA, Attention, log_lines, prefill, stage_batch
 
 CPU = torch.device("cpu")
 

@@ -93,12 +93,14 @@ def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads
         rows = request_rows(batch, request)
         num_blocks = batch.plan.row_lengths[rows] // params.route_block
         exact = block_means(batch.k[request], batch.k_scale[request], params.route_block)
-        # Tight against the means the kernel read, loose against means that were never rounded.
-        for statistics, tolerance in ((means[request].float(), FP8_SCORE), (exact, 5 * BF16_MEAN)):
+        # Tight against the means the kernel read, loose against means that were never rounded. Rounding moves a routing
+        # score by a share of sum_b |w| sum_d |q_d mean_d|, which relu's arguments may cancel to nearly nothing.
+        for statistics, rounding in ((means[request].float(), 2.0**-13), (exact, 2.0**-9)):
             routing = routing_scores(batch.q[rows], batch.weights[rows], statistics, num_blocks)
+            reach = routing_scores(batch.q[rows].float().abs(), batch.weights[rows], statistics.abs(), num_blocks)
             taken = routing.gather(1, heads[rows].long()).sort(dim=1, descending=True).values
             best = routing.sort(dim=1, descending=True).values[:, :active_heads]
-            assert torch.allclose(taken, best, rtol=tolerance, atol=1e-6)
+            assert (best - taken <= 2 * rounding * reach.amax(dim=1, keepdim=True)).all()
         without = num_blocks == 0
         first = torch.arange(active_heads, dtype=torch.int32, device="cuda")
         assert (heads[rows][without].sort(dim=1).values == first).all(), "ties go to the lower head"
