@@ -1,10 +1,12 @@
 """Settings of the selection modes."""
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 MODES = ("native", "misa", "misa_rerank", "hisa", "group_rerank")
 CandidateUnit = Literal["auto", "token", "page"]
+RouteStatistic = Literal["sum", "max"]
+CHOICES: dict[str, Any] = {"candidate_unit": CandidateUnit, "route_statistic": RouteStatistic}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,8 @@ class IndexerParams:
     top_k           tokens selected per row
     active_heads    misa, misa_rerank: heads that score every token (MISA, arXiv 2605.07363)
     route_block     misa, misa_rerank: tokens per statistics block of the head routing
+    route_statistic misa, misa_rerank: a head is routed by the "sum" of its block scores over the row's full blocks
+    (MISA), or by their "max", which finds the heads that look for few tokens and wants small blocks (docs/quality.md)
     candidates      misa_rerank, group_rerank: tokens that all heads re-rank, forced ones included
     block_size      hisa: tokens per block (HISA, arXiv 2603.28458)
     top_blocks      hisa: blocks whose tokens all heads score, forced ones included
@@ -30,6 +34,7 @@ class IndexerParams:
     top_k: int = 2048
     active_heads: int = 8
     route_block: int = 1024
+    route_statistic: RouteStatistic = "sum"
     candidates: int = 8192
     block_size: int = 128
     top_blocks: int = 64
@@ -40,9 +45,9 @@ class IndexerParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "candidate_unit":
-                if value not in get_args(CandidateUnit):
-                    raise ValueError(f"candidate_unit={value!r} must be one of {get_args(CandidateUnit)}")
+            if field.name in CHOICES:
+                if value not in get_args(CHOICES[field.name]):
+                    raise ValueError(f"{field.name}={value!r} must be one of {get_args(CHOICES[field.name])}")
             elif not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{field.name}={value!r} must be an int")
             elif value < 1:

@@ -14,16 +14,26 @@ class TopK(Protocol):
 
     scores [M, C] f32 (unit column stride, row stride a multiple of 4), lengths [M] int32: row m owns columns [0,
     lengths[m]). out [M, K] int32 receives min(lengths[m], K) distinct entries, then -1. Column i is written as
-    page_table[m, i // 64] * 64 + i % 64, or as i when page_table [M, >= C / 64] int32 is None.
+    page_table[m, i // page] * page + i % page, page = page_tokens (a power of two), or as i when page_table
+    [M, >= C / page] int32 is None.
     """
 
     def __call__(
-        self, scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        page_table: torch.Tensor | None,
+        out: torch.Tensor,
+        page_tokens: int = PAGE_TOKENS,
     ) -> None: ...
 
 
 def torch_top_k(
-    scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor | None,
+    out: torch.Tensor,
+    page_tokens: int = PAGE_TOKENS,
 ) -> None:
     """`TopK` with torch.topk: any device, any K; ties are cut wherever torch cuts them, NaN counts as lowest."""
     columns = torch.arange(scores.shape[1], device=scores.device)
@@ -34,7 +44,7 @@ def torch_top_k(
     chosen = owned.masked_fill(~visible, float("-inf")).topk(num, dim=1, sorted=True).indices
     found = torch.arange(num, device=scores.device) < lengths[:, None]
     if page_table is not None:
-        pages = page_table.gather(1, (chosen // PAGE_TOKENS).clamp_max(page_table.shape[1] - 1))
-        chosen = pages.long() * PAGE_TOKENS + chosen % PAGE_TOKENS
+        pages = page_table.gather(1, (chosen // page_tokens).clamp_max(page_table.shape[1] - 1))
+        chosen = pages.long() * page_tokens + chosen % page_tokens
     out.fill_(-1)
     out[:, :num] = torch.where(found, chosen, -1).to(torch.int32)

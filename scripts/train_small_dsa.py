@@ -64,8 +64,8 @@ class Trainer:
             return False
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
         plan = [dataclasses.asdict(stage) for stage in self.stages]
-        if state["plan"] != plan or state["shape"] != self.model.shape.as_dict():
-            raise ValueError(f"{self.state_path} was written with another plan or shape; choose another --out")
+        if (state["plan"], state["budget_s"], state["shape"]) != (plan, self.budget_s, self.model.shape.as_dict()):
+            raise ValueError(f"{self.state_path} was written with another plan, budget or shape; choose another --out")
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
@@ -77,6 +77,7 @@ class Trainer:
         """The state (written beside, then renamed: an interrupted write loses nothing), curves, exported model."""
         state = {
             "plan": [dataclasses.asdict(stage) for stage in self.stages],
+            "budget_s": self.budget_s,
             "shape": self.model.shape.as_dict(),
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -85,7 +86,13 @@ class Trainer:
         beside = self.state_path.with_suffix(".part")
         torch.save(state | {name: getattr(self, name) for name in names}, beside)
         beside.replace(self.state_path)
-        record = {"plan": state["plan"], "shape": state["shape"], "seconds": self.seconds, "runs": self.runs}
+        record = {
+            "plan": state["plan"],
+            "budget_s": self.budget_s,
+            "shape": state["shape"],
+            "seconds": self.seconds,
+            "runs": self.runs,
+        }
         record |= {"results": self.results, "curves": self.curves}
         (self.out / "curves.json").write_text(json.dumps(record, indent=1) + "\n")
         plot_curves(self.curves, self.out / "curves.png")
@@ -189,7 +196,10 @@ def main() -> int:
         shape = ModelShape(vocabulary, 2, 64, 64, num_heads=2, q_lora_rank=32, index_heads=4, index_top_k=64)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(stages, 60 * args.budget, shape, args.out, device)
-    resumed = trainer.resume()
+    try:
+        resumed = trainer.resume()
+    except ValueError as error:
+        parser.error(str(error))
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{'resumed at' if resumed else 'starts with'} stage {trainer.stage}; {parameters / 1e6:.1f} M parameters")
     trainer.runs.append(run_record())

@@ -38,6 +38,9 @@ class Settings:
     strict: bool = _setting(False, "end the server where SGLang's own indexer would run in place of a requested mode")
     active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
     route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
+    route_statistic: str = _setting(
+        DEFAULTS.route_statistic, "misa, misa_rerank: `sum` or `max` of a head's block scores routes it"
+    )
     candidates: int = _setting(DEFAULTS.candidates, "misa_rerank, group_rerank: tokens that all heads re-rank")
     candidate_unit: str = _setting(DEFAULTS.candidate_unit, "misa_rerank: candidates as `token`s or whole `page`s")
     block_size: int = _setting(DEFAULTS.block_size, "hisa: tokens per block")

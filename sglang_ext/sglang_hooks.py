@@ -129,12 +129,16 @@ def unapplied(stage: Stage) -> list[str]:
 
 
 def sglang_top_k(
-    scores: torch.Tensor, lengths: torch.Tensor, page_table: torch.Tensor | None, out: torch.Tensor
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor | None,
+    out: torch.Tensor,
+    page_tokens: int = 64,
 ) -> None:
     """`indexer_kernels.top_k.TopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
     from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
 
-    topk_transform_paged_v2(scores, lengths, page_table, out, 64, plan_topk_v2(lengths))
+    topk_transform_paged_v2(scores, lengths, page_table, out, page_tokens, plan_topk_v2(lengths))
 
 
 def _after_indexer_init(stage: Stage) -> Callable[..., None]:

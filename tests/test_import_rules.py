@@ -23,7 +23,7 @@ ALLOWED = {
         "indexer_kernels/gpu/target.py",
         "indexer_kernels/gpu/compile_check.py",
     ),
-    "triton": ("indexer_kernels/gpu/*_kernel.py",),
+    "triton": ("indexer_kernels/gpu/*_kernel.py", "indexer_kernels/gpu/ahead_of_launch.py"),
     "deep_gemm": ("indexer_kernels/gpu/deep_gemm_logits.py",),
     "sglang_ext": ("sglang_ext/*",),
     "matplotlib": ("sglang_ext/cli/*",),

@@ -10,6 +10,8 @@ from indexer_kernels.gpu import (
     page_select_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
+    token_rerank_kernel,
+    token_select_kernel,
 )
 from indexer_kernels.params import IndexerParams
 
@@ -30,11 +32,17 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     builders: dict[str, Callable[[], object]] = {}
     if "misa" in modes or "misa_rerank" in modes:
         builders[f"block_means {route_block}"] = lambda: block_means_kernel.build(route_block // 64)
-        builders[f"head_route H={num_heads}"] = lambda: head_route_kernel.build(num_heads, active, route_block)
+        builders[f"head_route H={num_heads}"] = lambda: head_route_kernel.build(
+            num_heads, active, route_block, params.route_statistic
+        )
         builders[f"routed_pack H={num_heads}"] = lambda: routed_pack_kernel.build(num_heads, active)
     if "misa" in modes:
         builders["routed_scores token"] = lambda: routed_scores_kernel.build(active, False, H200_SMS)
-    if "misa_rerank" in modes:
+    if "misa_rerank" in modes and params.candidate_unit == "token":
+        builders["routed_scores token"] = lambda: routed_scores_kernel.build(active, False, H200_SMS)
+        builders["token_select"] = lambda: token_select_kernel.compile_for(params.candidates, params.local_tokens)
+        builders[f"token_rerank H={num_heads}"] = lambda: token_rerank_kernel.compile_for(num_heads, params.candidates)
+    elif "misa_rerank" in modes:
         builders["routed_scores page"] = lambda: routed_scores_kernel.build(active, True, H200_SMS)
         builders["page_select"] = lambda: page_select_kernel.compile_for(
             params.candidates // 64, 1, 4, params.local_tokens, page_select_kernel.CAPACITIES[0]

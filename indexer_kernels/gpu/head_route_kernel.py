@@ -12,13 +12,13 @@ THREADS = 256
 TILE_BLOCKS = 128
 
 
-def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
-    """r[m, h] = |w[m, h]| * sum over the row's full blocks of relu(q[m, h] . mean[b]); heads[m] = the active_heads
-    largest.
+def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, statistic: str):
+    """r[m, h] = |w[m, h]| * sum (statistic "max": max) over the row's full blocks of relu(q[m, h] . mean[b]); heads[m]
+    are the active_heads largest.
 
     Rank counting, not sorting: a head's slot is the number of heads with a larger r, or an equal r and a lower index.
     """
-    product_rows = 128 // num_heads
+    product_rows, by_sum = 128 // num_heads, statistic == "sum"
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
     num_requests, block_tiles = T.dynamic("num_requests"), T.dynamic("block_tiles")
 
@@ -73,9 +73,14 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
                             T.max(product[i, j], 0),
                             0,
                         )
-                    T.reduce_sum(product, positive, dim=1)
-                    for i in T.Parallel(128):
-                        routing[i] = routing[i] + positive[i]
+                    if by_sum:
+                        T.reduce_sum(product, positive, dim=1)
+                        for i in T.Parallel(128):
+                            routing[i] = routing[i] + positive[i]
+                    else:
+                        T.reduce_max(product, positive, dim=1)
+                        for i in T.Parallel(128):
+                            routing[i] = T.max(routing[i], positive[i])
                 for i in T.Parallel(128):
                     routing_shared[i] = routing[i] * T.abs(
                         weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
@@ -92,14 +97,14 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int):
                     if (rank[i] < active_heads) and (tile_rows[tile, part * product_rows + i // num_heads] >= 0):
                         heads[tile_rows[tile, part * product_rows + i // num_heads], rank[i]] = i % num_heads
 
-    return head_route.with_attr("global_symbol", f"head_route_h{num_heads}_a{active_heads}_b{route_block}")
+    return head_route.with_attr("global_symbol", f"head_route_h{num_heads}_a{active_heads}_b{route_block}_{statistic}")
 
 
 @functools.cache
-def build(num_heads: int, active_heads: int, route_block: int):
+def build(num_heads: int, active_heads: int, route_block: int, statistic: str):
     """Compiled once per model shape and routing setting, whatever the batch."""
     return tilelang.compile(
-        head_route_prim_func(num_heads, active_heads, route_block),
+        head_route_prim_func(num_heads, active_heads, route_block, statistic),
         target=TARGET,
         execution_backend="tvm_ffi",
         # Ranks of a row are distinct (ties are broken by index), so no two threads store to one slot; the check

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from indexer_kernels.gpu.ahead_of_launch import compile_sm90
 from indexer_kernels.gpu.target import PAGE_TOKENS
 
 # Units a program holds at once, by the reach of the page table: a handful of variants, not one per length.
@@ -176,6 +175,5 @@ def compile_for(budget: int, unit_pages: int, values: int, local_tokens: int, ca
         "SLOTS": triton.next_power_of_2(budget * unit_pages),
     }
     names = {"score_stride": "i32", "table_width": "i32", "scores": "*fp32"}
-    signature = {name: names.get(name, "*i32") for name in DYNAMIC} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=page_select_kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS[capacity]})
+    kinds = {name: names.get(name, "*i32") for name in DYNAMIC}
+    return compile_sm90(page_select_kernel, kinds, constants, {"num_warps": NUM_WARPS[capacity]})

@@ -14,10 +14,12 @@ from indexer_kernels.gpu import (
     head_route_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
+    token_rerank_kernel,
 )
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import CAPACITIES, Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
+from indexer_kernels.gpu.token_select_kernel import empty_token_candidates, token_select
 from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_rows
@@ -73,6 +75,8 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
     if mode in ("misa", "misa_rerank"):
         if params.active_heads not in (4, 8, 16):
             return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
+        if params.route_statistic != "sum":
+            return f"the kernel of route_statistic={params.route_statistic!r} has not run on a GPU yet, use 'sum'"
         if params.route_block % PAGE_TOKENS:
             return f"route_block={params.route_block} is not a multiple of {PAGE_TOKENS}"
         if params.route_block > params.top_k:
@@ -86,7 +90,11 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
 
 def _candidates_refusal(params: IndexerParams) -> str | None:
     if params.candidate_unit == "token":
-        return "candidate_unit='token' has no gpu kernels yet, use 'page' or 'auto'"
+        if params.candidates % token_rerank_kernel.TILE:
+            return f"candidates={params.candidates} is not a multiple of {token_rerank_kernel.TILE}"
+        if PAGE_TOKENS + params.local_tokens >= params.candidates:
+            return f"candidates={params.candidates} leaves no token beside the forced ones"
+        return "the kernels of candidate_unit='token' have not run on a GPU yet, use 'page' or 'auto'"
     if params.page_candidates_floor() < params.top_k:
         return f"candidates={params.candidates} as whole pages may hold fewer than top_k={params.top_k} tokens"
     forced = 1 + _covering(params.local_tokens, PAGE_TOKENS)
@@ -207,6 +215,31 @@ def _misa(work: Work) -> None:
 
 
 def _misa_rerank(work: Work) -> None:
+    if work.params.candidate_unit == "token":
+        _misa_rerank_tokens(work)
+    else:
+        _misa_rerank_pages(work)
+
+
+def _misa_rerank_tokens(work: Work) -> None:
+    """Routed heads choose tokens; all heads re-rank them, gathered one by one."""
+    plan, budget = work.plan, work.params.candidates
+    routed = _route(work)
+    width = _whole_stages(_table_pages(work), work.params.active_heads)
+    tile_pages = torch.where(plan.tile_length > budget, _pages(plan.tile_length), 0)
+    chosen = empty_token_candidates(plan.num_rows, budget, work.q.device)
+    for tiles in _slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, _num_sms(work.q.device)):
+        scores = _routed_scan(work, routed, tile_pages, tiles, width, PAGE_TOKENS)
+        places = plan.tile_rows[tiles].flatten()
+        token_select(
+            scores, places, plan.row_lengths, plan.row_request, work.page_table, chosen, work.params.local_tokens
+        )
+        del scores  # before the next slice is allocated
+    scores = token_rerank_kernel.token_rerank(work.q, work.weights, work.pool.pages, chosen)
+    work.top_k(scores, chosen.counts, chosen.slots if work.slots else chosen.positions, work.out, 1)
+
+
+def _misa_rerank_pages(work: Work) -> None:
     """Routed heads choose pages by their best token; all heads re-rank the tokens of those pages."""
     plan, budget = work.plan, work.params.candidates // PAGE_TOKENS
     routed = _route(work)
@@ -286,7 +319,7 @@ def _route(work: Work) -> Routed:
     means = _block_means(work, params.route_block)
     heads = torch.empty((plan.num_rows, params.active_heads), dtype=torch.int32, device=work.q.device)
     flat_q = work.q.view(-1, HEAD_DIM)
-    head_route_kernel.build(num_heads, params.active_heads, params.route_block)(
+    head_route_kernel.build(num_heads, params.active_heads, params.route_block, params.route_statistic)(
         flat_q, work.weights, means, plan.row_lengths, plan.tile_request, plan.tile_rows, heads
     )
     columns = plan.num_tiles * TILE_ROWS * params.active_heads

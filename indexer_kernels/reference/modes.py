@@ -72,7 +72,8 @@ def _routed_scores(
     lengths: torch.Tensor,
     params: IndexerParams,
 ) -> torch.Tensor:
-    heads = route_heads(routing_scores(q, weights, means, lengths // params.route_block), params.active_heads)
+    routing = routing_scores(q, weights, means, lengths // params.route_block, params.route_statistic)
+    heads = route_heads(routing, params.active_heads)
     return token_scores(*take_heads(q, weights, heads), k, k_scale)
 
 

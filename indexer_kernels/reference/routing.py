@@ -4,9 +4,9 @@ import torch
 
 
 def routing_scores(
-    q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor, num_blocks: torch.Tensor
+    q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor, num_blocks: torch.Tensor, statistic: str = "sum"
 ) -> torch.Tensor:
-    """r[m, h] = sum over b < num_blocks[m] of | weights[m, h] * relu(q[m, h] . kbar[b]) |: f32 [M, H].
+    """r[m, h] = sum, or max, over b < num_blocks[m] of | weights[m, h] * relu(q[m, h] . kbar[b]) |: f32 [M, H].
 
     q [M, H, D], weights [M, H], means [B, D] of the request's full blocks, num_blocks [M]: the blocks full for each
     row.
@@ -15,7 +15,11 @@ def routing_scores(
     routing = torch.empty(weights.shape, dtype=torch.float32, device=q.device)
     for head in range(q.shape[1]):
         strength = (torch.relu(q[:, head].double() @ means.double().T) * weights[:, head, None].double()).abs()
-        routing[:, head] = torch.where(full, strength, 0.0).sum(dim=1).float()
+        strength = torch.where(full, strength, 0.0)
+        if statistic == "sum":
+            routing[:, head] = strength.sum(dim=1).float()
+        else:
+            routing[:, head] = strength.amax(dim=1).float() if strength.shape[1] else 0.0
     return routing
 
 

@@ -43,7 +43,8 @@ def index_loss(
 ) -> torch.Tensor:
     """KL(target || softmax of index scores), mean over sampled rows [B, M]; x and latent come detached.
 
-    target [B, M, L] f32 sums to 1; columns it gives nothing to and future columns do not count.
+    target [B, M, L] f32 sums to 1. The softmax is over the whole prefix, also where the target is restricted to
+    selected tokens: so scores of tokens not selected are pulled down, which the report's sparse loss leaves alone.
     """
     indexer = layer.self_attn.indexer
     keys = indexer.keys(x, turn)
@@ -106,7 +107,7 @@ def selected_mask(layer: Layer, x: torch.Tensor, latent: torch.Tensor, turn: Tur
 
 
 def sparse_pass(model: SmallDsa, tokens: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden states with attention over the selected tokens only, KL over those tokens at the sampled rows).
+    """(hidden states with attention over the selected tokens only, KL against the attention among those tokens).
 
     Gradients of the language loss stay out of the indexers and those of the KL loss stay in them.
     """

@@ -18,8 +18,8 @@ GPU_REPEATS = 5
 # The parameters that a mode's selection depends on; top_k is everyone's.
 MODE_FIELDS: dict[str, tuple[str, ...]] = {
     "native": (),
-    "misa": ("active_heads", "route_block"),
-    "misa_rerank": ("active_heads", "route_block", "candidates", "candidate_unit", "local_tokens"),
+    "misa": ("active_heads", "route_block", "route_statistic"),
+    "misa_rerank": ("active_heads", "route_block", "route_statistic", "candidates", "candidate_unit", "local_tokens"),
     "hisa": ("block_size", "top_blocks", "local_tokens"),
     "group_rerank": ("group", "candidates", "local_tokens"),
 }

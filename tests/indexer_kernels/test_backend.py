@@ -58,3 +58,26 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     reason = backend.gpu_refusal("hisa", CUDA_Q, IndexerParams())
     assert reason == "tilelang and deep_gemm not installed"
+
+
+@pytest.mark.parametrize(
+    ("mode", "params", "reason"),
+    [
+        ("misa", IndexerParams(route_statistic="max"), "route_statistic='max' has not run"),
+        ("misa_rerank", IndexerParams(route_statistic="max"), "route_statistic='max' has not run"),
+        ("misa_rerank", IndexerParams(candidate_unit="token"), "candidate_unit='token' have not run"),
+        ("misa_rerank", IndexerParams(candidate_unit="token", candidates=8200), "8200 is not a multiple of 128"),
+        ("misa_rerank", IndexerParams(candidate_unit="token", local_tokens=8192), "leaves no token"),
+        ("group_rerank", IndexerParams(), "group_rerank has no gpu kernels"),
+        ("misa", IndexerParams(active_heads=5), "active_heads=5, kernels are built for 4, 8 and 16"),
+        ("hisa", IndexerParams(route_statistic="max"), None),
+        ("misa_rerank", IndexerParams(), None),
+    ],
+    ids=str,
+)
+def test_settings_that_no_kernel_serves(mode, params, reason):
+    pytest.importorskip("deep_gemm", reason="the gpu backend imports DeepGEMM")
+    from indexer_kernels.gpu.pipeline import mode_refusal
+
+    refused = mode_refusal(mode, params)
+    assert refused is None if reason is None else reason in refused

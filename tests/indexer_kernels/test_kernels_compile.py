@@ -11,6 +11,8 @@ from indexer_kernels.gpu import (
     page_select_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
+    token_rerank_kernel,
+    token_select_kernel,
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all
 from tests.support.sm90a import compile_sm90a, opcodes_of
@@ -19,8 +21,12 @@ from tests.support.sm90a import compile_sm90a, opcodes_of
 KERNELS = {
     "block_means 128": (lambda: block_means_kernel.block_means_prim_func(2), None),
     "block_means 1024": (lambda: block_means_kernel.block_means_prim_func(16), None),
-    "head_route 64 of 8": (lambda: head_route_kernel.head_route_prim_func(64, 8, 1024), ("HGMMA.64x128x16", 8)),
-    "head_route 32 of 8": (lambda: head_route_kernel.head_route_prim_func(32, 8, 1024), ("HGMMA.64x128x16", 8)),
+    "head_route 64 of 8": (lambda: head_route_kernel.head_route_prim_func(64, 8, 1024, "sum"), ("HGMMA.64x128x16", 8)),
+    "head_route 32 of 8": (lambda: head_route_kernel.head_route_prim_func(32, 8, 1024, "sum"), ("HGMMA.64x128x16", 8)),
+    "head_route 64 of 16 by maxima": (
+        lambda: head_route_kernel.head_route_prim_func(64, 16, 64, "max"),
+        ("HGMMA.64x128x16", 8),
+    ),
     "block_score 64": (lambda: block_score_kernel.block_score_prim_func(64, 128), ("HGMMA.64x128x16", 8)),
     "block_score 32": (lambda: block_score_kernel.block_score_prim_func(32, 128), ("HGMMA.64x128x16", 8)),
     "routed_pack": (lambda: routed_pack_kernel.routed_pack_prim_func(64, 8), None),
@@ -68,6 +74,26 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
     opcodes = opcodes_of(cubin)
     assert sum(opcodes.values()) > 100
     assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills to local memory"
+
+
+@pytest.mark.parametrize(
+    ("compiled", "products"),
+    [
+        (lambda: token_select_kernel.compile_for(8192, 128), None),
+        (lambda: token_rerank_kernel.compile_for(64, 8192), "QGMMA.64x64x32"),
+        (lambda: token_rerank_kernel.compile_for(32, 8192), "QGMMA.64x32x32"),
+    ],
+    ids=["token_select", "token_rerank 64", "token_rerank 32"],
+)
+def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled().asm["cubin"])
+    opcodes = opcodes_of(cubin)
+    assert sum(opcodes.values()) > 100
+    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills to local memory"
+    found = sum(count for opcode, count in opcodes.items() if "GMMA" in opcode)
+    assert found == (8 if products else 0)
+    assert found == sum(count for opcode, count in opcodes.items() if opcode.startswith(products or "no product"))
 
 
 def test_runtime_arguments_do_not_specialise():

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from indexer_kernels import MODES, IndexerParams
+from indexer_kernels.params import CHOICES
 
-SIZES = [field.name for field in dataclasses.fields(IndexerParams) if field.name != "candidate_unit"]
+SIZES = [field.name for field in dataclasses.fields(IndexerParams) if field.name not in CHOICES]
 
 
 def test_defaults_are_the_designs():
@@ -14,6 +15,7 @@ def test_defaults_are_the_designs():
         "top_k": 2048,
         "active_heads": 8,
         "route_block": 1024,
+        "route_statistic": "sum",
         "candidates": 8192,
         "block_size": 128,
         "top_blocks": 64,
@@ -47,6 +49,11 @@ def test_sizes_of_a_wrong_type(field, value):
 def test_unknown_candidate_unit(value):
     with pytest.raises(ValueError, match="candidate_unit=.* must be one of .*auto.*token.*page"):
         IndexerParams(candidate_unit=value)
+
+
+def test_unknown_route_statistic():
+    with pytest.raises(ValueError, match="route_statistic='mean' must be one of .*sum.*max"):
+        IndexerParams(route_statistic="mean")
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -196,7 +196,7 @@ def test_negative_layer_built_directly():
 
 def test_params_hold_the_kernels_share():
     own = {"active_heads": 4, "route_block": 512, "candidates": 4096, "candidate_unit": "page", "block_size": 64}
-    own |= {"top_blocks": 99, "group": 2, "local_tokens": 7}
+    own |= {"route_statistic": "max", "top_blocks": 99, "group": 2, "local_tokens": 7}
     assert Settings(mode="hisa", **own).params(1024) == IndexerParams(top_k=1024, **own)
     assert {field.name for field in dataclasses.fields(IndexerParams)} == {"top_k", *own}
 

@@ -38,6 +38,7 @@ def brute_force(
     top_k: int,
     active_heads: int,
     route_block: int,
+    route_statistic: str,
     candidates: int,
     block_size: int,
     top_blocks: int,
@@ -55,7 +56,7 @@ def brute_force(
         pool = set(range(row.length))
         scores = head_sum(row, range(len(row.weights)))
         if mode in ("misa", "misa_rerank") and row.length >= route_block:
-            routed = head_sum(row, routed_heads(row, route_block, active_heads))
+            routed = head_sum(row, routed_heads(row, route_block, route_statistic, active_heads))
             if mode == "misa":
                 scores = routed
             elif candidate_unit == "page":
@@ -107,10 +108,11 @@ def full_block_means(row: Row, size: int) -> list[torch.Tensor]:
     return [(row.keys[block] * row.scales[block, None]).sum(0) / size for block in blocks]
 
 
-def routed_heads(row: Row, route_block: int, active_heads: int) -> list[int]:
+def routed_heads(row: Row, route_block: int, statistic: str, active_heads: int) -> list[int]:
     means = full_block_means(row, route_block)
+    joined = {"sum": sum, "max": max}[statistic]
     importance = [
-        sum(abs(float(row.weights[h]) * max(0.0, float(row.q[h] @ mean))) for mean in means)
+        joined(abs(float(row.weights[h]) * max(0.0, float(row.q[h] @ mean))) for mean in means)
         for h in range(len(row.weights))
     ]
     return sorted(range(len(importance)), key=lambda h: (-importance[h], h))[:active_heads]

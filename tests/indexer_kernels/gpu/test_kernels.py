@@ -73,13 +73,14 @@ def test_block_means(batch, block):
         assert (means[request, full:] == 0).all(), "blocks that are not full must be zero"
 
 
+@pytest.mark.parametrize(("statistic", "route_block"), [("sum", 256), ("max", 64)])
 @pytest.mark.parametrize("active_heads", [4, 8, 16])
-def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads):
-    params = dataclasses.replace(PARAMS, active_heads=active_heads)
+def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads, statistic, route_block):
+    params = dataclasses.replace(PARAMS, active_heads=active_heads, route_statistic=statistic, route_block=route_block)
     work = work_of(batch, params)
     means = pipeline._block_means(work, params.route_block)
     heads = torch.full((batch.plan.num_rows, active_heads), -1, dtype=torch.int32, device="cuda")
-    head_route_kernel.build(batch.q.shape[1], active_heads, params.route_block)(
+    head_route_kernel.build(batch.q.shape[1], active_heads, params.route_block, statistic)(
         batch.q.view(-1, 128),
         batch.weights,
         means,
@@ -96,8 +97,9 @@ def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads
         # Tight against the means the kernel read, loose against means that were never rounded. Rounding moves a routing
         # score by a share of sum_b |w| sum_d |q_d mean_d|, which relu's arguments may cancel to nearly nothing.
         for statistics, rounding in ((means[request].float(), 2.0**-13), (exact, 2.0**-9)):
-            routing = routing_scores(batch.q[rows], batch.weights[rows], statistics, num_blocks)
-            reach = routing_scores(batch.q[rows].float().abs(), batch.weights[rows], statistics.abs(), num_blocks)
+            routing = routing_scores(batch.q[rows], batch.weights[rows], statistics, num_blocks, statistic)
+            magnitudes = batch.q[rows].float().abs(), batch.weights[rows], statistics.abs()
+            reach = routing_scores(*magnitudes, num_blocks, statistic)
             taken = routing.gather(1, heads[rows].long()).sort(dim=1, descending=True).values
             best = routing.sort(dim=1, descending=True).values[:, :active_heads]
             assert (best - taken <= 2 * rounding * reach.amax(dim=1, keepdim=True)).all()
