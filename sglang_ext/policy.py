@@ -12,10 +12,20 @@ AUTO_SELECTED = "auto_selected"
 CONFIGURED_NATIVE = "configured_native"
 BELOW_BREAK_EVEN = "below_break_even"
 AUTO_DECODE_NATIVE = "auto_decode_native"
+PAGE_CANDIDATES = "page_candidates"  # `auto` prefill: whole pages lose too many of native's tokens (docs/quality.md)
 NATIVE_LAYER = "native_layer"
 PROMPT_UNKNOWN = "prompt_unknown"  # native_tail_rows in a forward without requests: SGLang's warm-up and graph capture
 BY_CHOICE = frozenset(
-    {CONFIGURED, AUTO_SELECTED, CONFIGURED_NATIVE, BELOW_BREAK_EVEN, AUTO_DECODE_NATIVE, NATIVE_LAYER, PROMPT_UNKNOWN}
+    {
+        CONFIGURED,
+        AUTO_SELECTED,
+        CONFIGURED_NATIVE,
+        BELOW_BREAK_EVEN,
+        AUTO_DECODE_NATIVE,
+        PAGE_CANDIDATES,
+        NATIVE_LAYER,
+        PROMPT_UNKNOWN,
+    }
 )
 # Reasons by which a requested mode could not run; strict ends the server on them.
 UNSUPPORTED = {
@@ -56,15 +66,17 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
     """The mode of one forward.
 
     An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
-    misa_rerank once the longest request of the batch reaches settings.prefill_min_tokens, native below; `auto` decode
-    is native. Requests of one batch need no separate decision: a row whose context fits the candidate budget is
-    scored as native scores it, by all heads and without a routed scan.
+    misa_rerank once the longest request of the batch reaches settings.prefill_min_tokens, native below, and native
+    where candidates would be whole pages; `auto` decode is native. Requests of one batch need no separate decision: a
+    row whose context fits the candidate budget is scored as native scores it, by all heads and without a routed scan.
     """
     wanted = settings.phase_mode(batch.phase)
     if wanted == "native":
         return Decision("native", CONFIGURED_NATIVE)
     if wanted == "auto" and batch.phase == "decode":
         return Decision("native", AUTO_DECODE_NATIVE)
+    if wanted == "auto" and not token_candidates(settings):
+        return Decision("native", PAGE_CANDIDATES)
     if batch.unsupported is not None:
         return Decision("native", batch.unsupported)
     if wanted != "auto":
@@ -77,7 +89,15 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
 def asks(phase: str, settings: Settings) -> bool:
     """Whether the settings can ask for another mode than native in this phase: else nothing needs to be looked at."""
     wanted = settings.phase_mode(phase)
-    return wanted != "native" and not (wanted == "auto" and phase == "decode")
+    if wanted == "auto":
+        return phase == "prefill" and token_candidates(settings)
+    return wanted != "native"
+
+
+def token_candidates(settings: Settings) -> bool:
+    """Whether misa_rerank would keep single tokens: what `auto` asks of it before it trusts it with answers."""
+    by_default = settings.candidate_unit == "auto" and settings.backend == "reference"
+    return settings.candidate_unit == "token" or by_default
 
 
 def mode_to_try(phase: str, settings: Settings) -> str:

@@ -1,6 +1,7 @@
 """What runs, and why: every reason is reached from plain values."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -28,19 +29,25 @@ def decode(unsupported: str | None = None) -> BatchView:
     return BatchView("decode", 4, None, 1 << 17, unsupported)
 
 
+TOKENS = Settings(candidate_unit="token")
 TABLE = [
+    # auto prefill with pages as candidates, which is what the gpu backend keeps by itself
+    (Settings(), prefill(LONG), Decision("native", "page_candidates")),
+    (Settings(candidate_unit="page", backend="reference"), prefill(LONG), Decision("native", "page_candidates")),
+    (Settings(), prefill(LONG, unsupported="hisparse"), Decision("native", "page_candidates")),
+    (Settings(backend="reference"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
     # auto prefill: the longest request decides, its length counts from the threshold on
-    (Settings(), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(), prefill(LONG - 1), Decision("native", "below_break_even")),
-    (Settings(), prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(), prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
-    (Settings(prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
-    (Settings(mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (TOKENS, prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (TOKENS, prefill(LONG - 1), Decision("native", "below_break_even")),
+    (TOKENS, prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
+    (TOKENS, prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
+    (Settings(candidate_unit="token", prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(candidate_unit="token", prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
+    (replace(TOKENS, mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
     # no lengths known, or none at all: the bound decides
-    (Settings(), BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(), BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
-    (Settings(), prefill(), Decision("native", "below_break_even")),
+    (TOKENS, BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (TOKENS, BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
+    (TOKENS, prefill(), Decision("native", "below_break_even")),
     # auto decode
     (Settings(), decode(), Decision("native", "auto_decode_native")),
     (Settings(mode="hisa", decode_mode="auto"), decode(), Decision("native", "auto_decode_native")),
@@ -60,8 +67,8 @@ TABLE = [
     # unsupported beats every mode asked for, whatever the length
     *[(Settings(mode="hisa"), prefill(9, unsupported=reason), Decision("native", reason)) for reason in UNSUPPORTED],
     *[(Settings(mode="hisa"), decode(reason), Decision("native", reason)) for reason in UNSUPPORTED],
-    (Settings(), prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
-    (Settings(), prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
+    (TOKENS, prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
+    (TOKENS, prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
 ]
 
 

@@ -66,7 +66,9 @@ def test_runtime_switch_comes_from_the_environment_only():
     assert stage.settings.runtime_switch
 
 
-@pytest.mark.parametrize("asked", [{}, {"mode": "hisa"}, {"prefill_mode": "native", "decode_mode": "misa"}])
+@pytest.mark.parametrize(
+    "asked", [{"candidate_unit": "token"}, {"mode": "hisa"}, {"prefill_mode": "native", "decode_mode": "misa"}]
+)
 def test_refuse_model(asked, caplog):
     stage = Stage(Settings(**asked), {})
     stage.refuse_model("kpool")
@@ -124,7 +126,8 @@ def test_start_compiles_before_the_first_request(gpu):
 
 
 def test_start_asks_for_what_auto_would_run(gpu):
-    start(Stage(Settings(), {}), {}, device=gpu.device)
+    tokens = {"sglang_ext": {"candidate_unit": "token"}}
+    start(Stage(Settings(candidate_unit="token"), {}), tokens, device=gpu.device)
     assert [mode for mode, _, _ in gpu.asked] == [policy.AUTO_PREFILL]
 
 
