@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
+from indexer_kernels.gpu.ordered_bits_kernel import ordered_bits
 from indexer_kernels.gpu.target import PAGE_TOKENS
 
 # Units a program holds at once, by the reach of the page table: a handful of variants, not one per length.
@@ -67,11 +68,7 @@ def page_select_kernel(
         score = tl.load(base + unit * VALUES, mask=eligible, other=float("-inf"))
         for value in tl.static_range(1, VALUES):
             score = tl.maximum(score, tl.load(base + unit * VALUES + value, mask=eligible, other=float("-inf")))
-        score = tl.where(score == 0.0, 0.0, score)  # one zero, so that -0.0 and 0.0 tie
-        bits = score.to(tl.int32, bitcast=True)
-        # Unsigned keys in the order of the scores; 0 is below every score.
-        ordered = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-        key = tl.where(eligible, ordered, 0)
+        key = tl.where(eligible, ordered_bits(score), 0)
         wanted = BUDGET - 1 - (units - first_local)
         threshold = tl.zeros((), tl.uint32)
         for step in range(32):

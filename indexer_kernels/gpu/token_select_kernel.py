@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
+from indexer_kernels.gpu.ordered_bits_kernel import ordered_bits
 
 BLOCK = 4096
 NUM_WARPS = 16
@@ -30,14 +31,6 @@ DYNAMIC = [
 
 
 @triton.jit
-def _ordered_bits(score):
-    """Unsigned integers in the order of the scores; no score gives 0."""
-    score = tl.where(score == 0.0, 0.0, score)  # one zero, so that -0.0 and 0.0 tie
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def _narrow(base, first, stop, prefix, wanted, KNOWN: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
     """(prefix extended by the digit of the wanted-th largest key, how many are still wanted among its equals).
 
@@ -49,7 +42,7 @@ def _narrow(base, first, stop, prefix, wanted, KNOWN: tl.constexpr, DIGIT: tl.co
     for start in range(first, stop, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = token < stop
-        key = _ordered_bits(tl.load(base + token, mask=inside, other=0.0))
+        key = ordered_bits(tl.load(base + token, mask=inside, other=0.0))
         if KNOWN > 0:
             inside = inside & ((key >> (32 - KNOWN)) == prefix)
         digit = ((key >> shift) & (bins - 1)).to(tl.int32)
@@ -101,7 +94,7 @@ def token_select_kernel(
         chosen = token < length
         if prunes:
             searched = (token >= FIRST) & (token < local)
-            key = _ordered_bits(tl.load(base + token, mask=searched, other=0.0))
+            key = ordered_bits(tl.load(base + token, mask=searched, other=0.0))
             level = searched & (key == threshold)
             rank = tl.cumsum(level.to(tl.int32))
             kept = (key > threshold) | (level & (rank <= level_left))

@@ -7,58 +7,33 @@ import torch
 
 from small_dsa.architecture import INDEX_HEAD_DIM, LATENT_DIM, NORM_EPS, ROPE_DIM, ModelShape, SmallDsa
 from small_dsa.vocabulary import SPECIAL, save_tokenizer
+from tiny_model import model_config
 
-MAX_POSITIONS = 163840
 WEIGHTS = "model.safetensors"
 
 
 def hf_config(shape: ModelShape) -> dict:
-    """config.json: every layer is dense (no expert layer), embeddings are tied, RoPE is not scaled."""
-    return {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        "torch_dtype": "bfloat16",
+    """config.json: DeepSeek-V3.2's with every layer dense (no expert layer), tied embeddings, RoPE as it is."""
+    return model_config(shape.num_layers, shape.num_heads, shape.index_heads) | {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "first_k_dense_replace": shape.num_layers,
         "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_heads,
+        "moe_intermediate_size": shape.intermediate_size,
         "q_lora_rank": shape.q_lora_rank,
         "kv_lora_rank": LATENT_DIM,
         "qk_nope_head_dim": shape.nope_dim,
         "qk_rope_head_dim": ROPE_DIM,
         "v_head_dim": shape.value_dim,
-        "index_n_heads": shape.index_heads,
         "index_head_dim": INDEX_HEAD_DIM,
         "index_topk": shape.index_top_k,
-        "moe_intermediate_size": shape.intermediate_size,
-        "moe_layer_freq": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
-        "ep_size": 1,
-        "max_position_embeddings": MAX_POSITIONS,
         "rope_theta": shape.rope_theta,
         "rope_scaling": None,
         "rms_norm_eps": NORM_EPS,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": SPECIAL.index("<bos>"),
         "eos_token_id": SPECIAL.index("<eos>"),
         "pad_token_id": SPECIAL.index("<pad>"),
-        "initializer_range": 0.02,
         "tie_word_embeddings": True,
-        "use_cache": True,
     }
 
 
