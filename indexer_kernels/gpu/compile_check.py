@@ -1,5 +1,6 @@
 """Compiles every kernel for sm_90a, with or without a GPU, and says what the compiler said."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -44,16 +45,26 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
         builders[f"token_rerank H={num_heads}"] = lambda: token_rerank_kernel.compile_for(num_heads, params.candidates)
     elif "misa_rerank" in modes:
         builders["routed_scores page"] = lambda: routed_scores_kernel.build(active, True, H200_SMS)
-        builders["page_select"] = lambda: page_select_kernel.compile_for(
-            params.candidates // 64, 1, 4, params.local_tokens, page_select_kernel.CAPACITIES[0]
-        )
+        builders |= _select_builders("page_select", params.candidates // 64, 1, 4, params.local_tokens)
     if "hisa" in modes:
         builders[f"block_means {params.block_size}"] = lambda: block_means_kernel.build(params.block_size // 64)
         builders[f"block_score H={num_heads}"] = lambda: block_score_kernel.build(num_heads, params.block_size)
-        builders["block_select"] = lambda: page_select_kernel.compile_for(
-            params.top_blocks, params.block_size // 64, 1, params.local_tokens, page_select_kernel.CAPACITIES[0]
-        )
+        unit_pages = params.block_size // 64
+        builders |= _select_builders("block_select", params.top_blocks, unit_pages, 1, params.local_tokens)
     return builders
+
+
+def _select_builders(
+    name: str, budget: int, unit_pages: int, values: int, local_tokens: int
+) -> dict[str, Callable[[], object]]:
+    """One variant for each capacity that some context needs: a longer prompt must not wait for a compiler."""
+    compile_for = functools.partial(page_select_kernel.compile_for, budget, unit_pages, values, local_tokens)
+    longest = page_select_kernel.CAPACITIES[-1] // unit_pages
+    return {
+        f"{name} {capacity}": functools.partial(compile_for, capacity)
+        for capacity in page_select_kernel.CAPACITIES
+        if capacity <= page_select_kernel.capacity_for(longest)
+    }
 
 
 def compile_all(

@@ -115,6 +115,10 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
-    assert len(outcome) == 9
+    assert {name for name in outcome if "select" in name} == {
+        *(f"page_select {capacity}" for capacity in (2048, 4096, 8192)),
+        *(f"block_select {capacity}" for capacity in (2048, 4096)),  # of 8192 pages, two to a block
+    }
+    assert len(outcome) == 12
     assert outcome.pop("head_route H=64") == "RuntimeError: last line"
     assert set(outcome.values()) == {None}
