@@ -94,6 +94,15 @@ def asks(phase: str, settings: Settings) -> bool:
     return wanted != "native"
 
 
+def always_native(settings: Settings) -> dict[str, str]:
+    """The phases whose `auto` never chooses another mode with these settings, and why: who asked for it should know."""
+    return {
+        phase: choose(BatchView(phase, 0, None, 0), settings).reason
+        for phase in ("prefill", "decode")
+        if settings.phase_mode(phase) == "auto" and not asks(phase, settings)
+    }
+
+
 def token_candidates(settings: Settings) -> bool:
     """Whether misa_rerank would keep single tokens: what `auto` asks of it before it trusts it with answers."""
     by_default = settings.candidate_unit == "auto" and settings.backend == "reference"

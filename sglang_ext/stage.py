@@ -89,6 +89,8 @@ class Stage:
             return
         if not self._models:
             self._read_model_config(model_config)
+            for phase, reason in policy.always_native(self.settings).items():
+                logger.warning("%s mode auto is SGLang's own indexer with these settings: %s", phase, reason)
             if self.settings.trace_dir is not None:
                 self._traces = TraceWriter(self.settings.trace_dir, self.settings.trace_rows, model_config)
         self._models.add(model)

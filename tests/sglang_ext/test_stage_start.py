@@ -131,6 +131,22 @@ def test_start_asks_for_what_auto_would_run(gpu):
     assert [mode for mode, _, _ in gpu.asked] == [policy.AUTO_PREFILL]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ["prefill mode auto is SGLang's own indexer with these settings: page_candidates", "auto_decode_native"]),
+        ({"candidate_unit": "token", "decode_mode": "native"}, []),
+        ({"prefill_mode": "misa_rerank"}, ["decode mode auto is SGLang's own indexer"]),
+        ({"mode": "native"}, []),
+    ],
+    ids=str,
+)
+def test_auto_that_never_leaves_native_says_so(settings, said, caplog):
+    start(Stage(Settings(**settings), {}), {"sglang_ext": settings})
+    lines = [line for line in log_lines(caplog, logging.WARNING) if "mode auto" in line]
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines))
+
+
 def test_start_compiles_nothing_for_native(gpu):
     start(Stage(Settings(mode="native"), {}), {"sglang_ext": {"mode": "native"}}, device=gpu.device)
     assert gpu.asked == [] and gpu.compiled == []
