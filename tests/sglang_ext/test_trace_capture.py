@@ -201,7 +201,8 @@ def start(stage: Stage, config: dict[str, Any]) -> None:
 def test_start_makes_the_folder_and_says_so_once(tmp_path, caplog):
     folder = tmp_path / "some" / "traces"
     environ = {"SGLANG_EXT_TRACE_DIR": str(folder)}
-    stage = Stage(Settings(trace_dir=str(folder)), environ)
+    environ["SGLANG_EXT_MODE"] = "native"  # auto would add lines of its own
+    stage = Stage(Settings(mode="native", trace_dir=str(folder)), environ)
     with caplog.at_level(logging.WARNING, "sglang_ext"):
         for _ in range(2):
             start(stage, {})
