@@ -46,11 +46,8 @@ class Server:
 
     def generate(self, input_ids: list[int], new_tokens: int) -> list[int]:
         """Greedy continuation, exactly new_tokens long."""
-        return self._generate(input_ids, new_tokens)["output_ids"]
-
-    def _generate(self, input_ids: list[int], new_tokens: int, **options: Any) -> Any:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling, **options})
+        return self.call("/generate", {"input_ids": input_ids, "sampling_params": sampling})["output_ids"]
 
     def flush(self) -> None:
         """Forget all cached prefixes. SGLang refuses for the milliseconds in which it books the last request off."""
