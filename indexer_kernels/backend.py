@@ -18,9 +18,9 @@ def gpu_refusal(mode: str, q: torch.Tensor, params: IndexerParams) -> str | None
     missing = [name for name in ("tilelang", "deep_gemm") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
-    from indexer_kernels.gpu import pipeline
+    from indexer_kernels.gpu import refusals
 
-    return pipeline.refusal(mode, q, params)
+    return refusals.refusal(mode, q, params)
 
 
 def use_gpu(mode: str, q: torch.Tensor, params: IndexerParams, backend: str) -> bool:

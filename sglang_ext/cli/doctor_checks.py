@@ -120,8 +120,8 @@ def kernel_refusal(mode: str, settings: Settings, model: Model) -> str | None:
         return f"{policy.UNSUPPORTED['index_topk']} (index_topk={model.top_k})"
     if importlib.util.find_spec("tilelang") is None:
         return "TileLang is not installed: pip install 'sglang-ext[gpu]'"
-    from indexer_kernels.gpu import pipeline
+    from indexer_kernels.gpu import refusals
 
-    if model.heads not in pipeline.HEADS:
-        return f"{model.heads} indexer heads, kernels are built for {pipeline.HEADS}"
-    return pipeline.mode_refusal(mode, settings.params(model.top_k))
+    if model.heads not in refusals.HEADS:
+        return f"{model.heads} indexer heads, kernels are built for {refusals.HEADS}"
+    return refusals.mode_refusal(mode, settings.params(model.top_k))

@@ -120,7 +120,7 @@ def test_install_says_what_is_wrong(tmp_path):
 def test_precompile_covers_what_the_kernels_support():
     pytest.importorskip("tilelang", reason="the gpu extra is not installed")
     from indexer_kernels.gpu.compile_check import GPU_MODES
-    from indexer_kernels.gpu.pipeline import HEADS
+    from indexer_kernels.gpu.refusals import HEADS
 
     precompile = script("precompile")
     assert set(precompile.MODES) == set(GPU_MODES) and set(precompile.HEADS) == set(HEADS)

@@ -77,7 +77,7 @@ def test_missing_packages_are_named(monkeypatch):
 )
 def test_settings_that_no_kernel_serves(mode, params, reason):
     pytest.importorskip("deep_gemm", reason="the gpu backend imports DeepGEMM")
-    from indexer_kernels.gpu.pipeline import mode_refusal
+    from indexer_kernels.gpu.refusals import mode_refusal
 
     refused = mode_refusal(mode, params)
     assert refused is None if reason is None else reason in refused

@@ -9,9 +9,12 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams
-from indexer_kernels.gpu import block_score_kernel, head_route_kernel, pipeline
+from indexer_kernels.gpu import block_score_kernel, head_route_kernel
+from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
+from indexer_kernels.gpu.routed import route, routed_scan, whole_stages
+from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.reference.candidates import forced_units, visible_units
 from indexer_kernels.reference.choice import keep_within_budget
 from indexer_kernels.reference.routing import routing_scores
@@ -35,11 +38,11 @@ SHAPES = {
 PARAMS = IndexerParams(top_k=256, active_heads=8, route_block=256, candidates=1024, block_size=128, top_blocks=8)
 
 
-def work_of(batch: Batch, params: IndexerParams = PARAMS) -> pipeline.Work:
+def work_of(batch: Batch, params: IndexerParams = PARAMS) -> gpu_work.Work:
     pages = batch.k_pages
-    pool = pipeline.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
+    pool = gpu_work.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
     out = torch.empty((batch.plan.num_rows, params.top_k), dtype=torch.int32, device="cuda")
-    return pipeline.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
+    return gpu_work.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, relative: float) -> None:
@@ -65,7 +68,7 @@ def batch(request, shape):
 
 @pytest.mark.parametrize("block", [64, 128, 1024])
 def test_block_means(batch, block):
-    means = pipeline._block_means(work_of(batch), block)
+    means = gpu_work.block_means(work_of(batch), block)
     for request, (k, k_scale) in enumerate(zip(batch.k, batch.k_scale)):
         full = len(k) // block
         if full:
@@ -78,7 +81,7 @@ def test_block_means(batch, block):
 def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads, statistic, route_block):
     params = dataclasses.replace(PARAMS, active_heads=active_heads, route_statistic=statistic, route_block=route_block)
     work = work_of(batch, params)
-    means = pipeline._block_means(work, params.route_block)
+    means = gpu_work.block_means(work, params.route_block)
     heads = torch.full((batch.plan.num_rows, active_heads), -1, dtype=torch.int32, device="cuda")
     head_route_kernel.build(batch.q.shape[1], active_heads, params.route_block, statistic)(
         batch.q.view(-1, 128),
@@ -112,12 +115,12 @@ def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads
 def test_routed_scan_scores_tokens_and_page_maxima(batch, active_heads):
     params = dataclasses.replace(PARAMS, active_heads=active_heads)
     work = work_of(batch, params)
-    routed = pipeline._route(work)
+    routed = route(work)
     plan = batch.plan
-    width = pipeline._whole_stages(pipeline._table_pages(work), active_heads)
-    pages, tiles = pipeline._pages(plan.tile_length), slice(0, plan.num_tiles)
-    tokens = pipeline._routed_scan(work, routed, pages, tiles, width, 64)
-    maxima = pipeline._routed_scan(work, routed, pages, tiles, width, 4)
+    width = whole_stages(table_pages(work), active_heads)
+    pages, tiles = pages_of(plan.tile_length), slice(0, plan.num_tiles)
+    tokens = routed_scan(work, routed, pages, tiles, width, 64)
+    maxima = routed_scan(work, routed, pages, tiles, width, 4)
     # The packed queries say which heads the kernel scored: unpack them for the reference.
     q = routed.q.view(torch.uint8).view(plan.num_tiles, 2, active_heads, 8, 128).permute(0, 1, 3, 2, 4)
     q = q.reshape(-1, active_heads, 128).view(torch.float8_e4m3fn)
@@ -140,7 +143,7 @@ def test_routed_scan_scores_tokens_and_page_maxima(batch, active_heads):
 def test_block_score(batch):
     work = work_of(batch)
     plan = batch.plan
-    means = pipeline._block_means(work, PARAMS.block_size)
+    means = gpu_work.block_means(work, PARAMS.block_size)
     scores = torch.full((plan.num_tiles * TILE_ROWS, means.shape[1]), float("nan"), device="cuda")
     for splits in (1, 3):
         block_score_kernel.build(batch.q.shape[1], PARAMS.block_size)(

@@ -9,7 +9,7 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams, select_paged, select_ragged, select_rows
-from indexer_kernels.gpu import pipeline
+from indexer_kernels.gpu import work
 from indexer_kernels.reference.scores import token_scores
 from tests.support.compare import assert_form, assert_selection_up_to_ties, overlap
 from tests.support.inputs import make_batch, slots_of
@@ -113,7 +113,7 @@ def test_slots_are_the_positions_through_the_page_table(mode):
 def test_slices_of_the_score_matrix_do_not_matter(mode, monkeypatch):
     batch = make_batch([9000, 4001], [500, 63], device="cuda", seed=18)
     whole = select_rows(mode, *batch.paged, SMALL, backend="gpu").sort(dim=1).values
-    monkeypatch.setattr(pipeline, "SCRATCH_BYTES", 1 << 21)
+    monkeypatch.setattr(work, "SCRATCH_BYTES", 1 << 21)
     sliced = select_rows(mode, *batch.paged, SMALL, backend="gpu").sort(dim=1).values
     assert (sliced == whole).all()
 
@@ -125,7 +125,7 @@ def test_scratch_is_bounded():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         select_rows(mode, *batch.paged, DEFAULT, backend="gpu", top_k_kernel=lambda *_: None)
-        assert torch.cuda.max_memory_allocated() - before < 1.5 * pipeline.SCRATCH_BYTES
+        assert torch.cuda.max_memory_allocated() - before < 1.5 * work.SCRATCH_BYTES
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,80 @@
+"""What every step of a call reads, and what all modes share: slices of bounded scratch, page counts, block means."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from indexer_kernels.gpu import block_means_kernel, head_route_kernel
+from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.params import IndexerParams
+from indexer_kernels.row_plan import RowPlan
+from indexer_kernels.top_k import TopK
+
+# Scores held at once. Rows are taken in slices that fit, so no context length can exhaust the device.
+SCRATCH_BYTES = 5 << 28
+BLOCK_TILE = head_route_kernel.TILE_BLOCKS
+
+
+class Work(NamedTuple):
+    """What every step of one call reads: q [M, H, 128], weights [M, H], the pool, its page table, the plan, the
+    settings.
+
+    top_k writes the chosen tokens of a row to out [M, top_k]: as cache slots where slots is set, else as positions.
+    """
+
+    q: torch.Tensor
+    weights: torch.Tensor
+    pool: "Pool"
+    page_table: torch.Tensor
+    plan: RowPlan
+    params: IndexerParams
+    slots: bool
+    top_k: TopK
+    out: torch.Tensor
+
+
+class Pool(NamedTuple):
+    """The index-key pages [P, 8448] uint8 under the views the kernels read: 66 rows of 128 bytes, 33 of 64 floats."""
+
+    pages: torch.Tensor
+    keys: torch.Tensor
+    scales: torch.Tensor
+
+
+def block_means(work: Work, block_size: int) -> torch.Tensor:
+    """Mean keys of every full block, bf16 [R, blocks padded to whole tiles, 128]; zero past a request's last full
+    block.
+    """
+    blocks = max(1, work.plan.max_length // block_size)
+    padded = -(-blocks // BLOCK_TILE) * BLOCK_TILE
+    shape = (work.page_table.shape[0], padded, HEAD_DIM)
+    means = torch.empty(shape, dtype=torch.bfloat16, device=work.q.device)
+    block_means_kernel.build(block_size // PAGE_TOKENS)(
+        work.pool.keys, work.pool.scales, work.page_table, work.plan.request_lengths, means
+    )
+    return means
+
+
+def pages_of(lengths: torch.Tensor) -> torch.Tensor:
+    return (lengths + PAGE_TOKENS - 1) // PAGE_TOKENS
+
+
+def table_pages(work: Work) -> int:
+    """Pages of the page table that some row may see."""
+    return min(work.page_table.shape[1], -(-work.plan.max_length // PAGE_TOKENS))
+
+
+def slices(count: int, bytes_each: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit."""
+    step = max(1, SCRATCH_BYTES // max(1, bytes_each))
+    if step > multiple:
+        step -= step % multiple
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
