@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 CACHES = ("TILELANG_CACHE_DIR", "TRITON_CACHE_DIR")
 HEADS = (64, 32)
-MODES = ("misa", "misa_rerank", "hisa")
+MODES = ("misa", "misa_rerank", "hisa", "group_rerank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,11 +19,13 @@ class IndexerParams:
     route_block     misa, misa_rerank: tokens per statistics block of the head routing
     route_statistic misa, misa_rerank: a head is routed by the "sum" of its block scores over the row's full blocks
     (MISA), or by their "max", which finds the heads that look for few tokens and wants small blocks (docs/quality.md)
-    candidates      misa_rerank, group_rerank: tokens that all heads re-rank, forced ones included
+    candidates      misa_rerank, group_rerank: tokens that all heads re-rank, forced ones included (group_rerank: one
+    list for the whole group, and beside it the group's own positions up to the row)
     block_size      hisa: tokens per block (HISA, arXiv 2603.28458)
     top_blocks      hisa: blocks whose tokens all heads score, forced ones included
     group           group_rerank: consecutive rows that share one scan (PIVOT, arXiv 2607.24593)
-    local_tokens    re-ranking modes: the last tokens before a row are always candidates
+    local_tokens    re-ranking modes: the last tokens that a row (group_rerank: its group's first row) sees are always
+    candidates
     candidate_unit  misa_rerank: "token" keeps the best tokens; "page" keeps whole 64-token pages, a page as good as
     its best token; "auto": token in the reference backend, page in the gpu backend
 

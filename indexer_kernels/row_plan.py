@@ -3,11 +3,12 @@ layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
+from indexer_kernels.row_groups import RowGroups, group_rows
 
 TILE_ROWS = 16  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
 
@@ -25,6 +26,8 @@ class RowPlan:
     tile_rows [T, 16] int32 the rows of each tile, filled from the front, then -1
     tile_length [T] int32   tokens the tile's longest row sees
     row_place [M] int32     where a row sits in tile order: tile * TILE_ROWS + position
+    host_rows               (request, length) of each row as int64 [M] on the CPU; None where only the device knows the
+    lengths, which are then those of one row per request
     """
 
     row_request: torch.Tensor
@@ -35,6 +38,8 @@ class RowPlan:
     tile_rows: torch.Tensor
     tile_length: torch.Tensor
     row_place: torch.Tensor
+    host_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    _groups: dict[int, RowGroups] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -43,6 +48,20 @@ class RowPlan:
     @property
     def num_tiles(self) -> int:
         return self.tile_request.shape[0]
+
+    def groups(self, group: int) -> RowGroups:
+        """The rows by groups that share one scan, on the plan's device. Made and uploaded once, for all layers.
+
+        Of a plan made from device lengths every row is a group by itself, and nothing is read back.
+        """
+        if group not in self._groups:
+            if self.host_rows is None:
+                places = torch.arange(self.num_rows, dtype=torch.int32, device=self.row_lengths.device)
+                return RowGroups(places[:, None], places)
+            rows, row_place = group_rows(*self.host_rows, group)
+            flat, row_place = _upload_together([rows.flatten(), row_place], self.row_lengths.device)
+            self._groups[group] = RowGroups(flat.view(-1, group), row_place)
+        return self._groups[group]
 
 
 def plan_rows(
@@ -91,6 +110,7 @@ def plan_rows(
         tile_rows=tile_rows.view(-1, TILE_ROWS),
         tile_length=tile_length,
         row_place=place,
+        host_rows=(row_request, row_lengths),
     )
 
 

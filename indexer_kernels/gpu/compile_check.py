@@ -7,17 +7,22 @@ from typing import NamedTuple
 from indexer_kernels.gpu import (
     block_means_kernel,
     block_score_kernel,
+    candidate_list_kernel,
+    group_rerank_kernel,
     head_route_kernel,
     page_select_kernel,
+    rescan_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
-    token_rerank_kernel,
+    sample_kernel,
+    token_scores_kernel,
     token_select_kernel,
 )
+from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 
 H200_SMS = 132
-GPU_MODES = ("misa", "misa_rerank", "hisa")
+GPU_MODES = ("misa", "misa_rerank", "hisa", "group_rerank")
 
 
 class Compiled(NamedTuple):
@@ -38,19 +43,66 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
         )
         builders[f"routed_pack H={num_heads}"] = lambda: routed_pack_kernel.build(num_heads, active)
     if "misa" in modes:
-        builders["routed_scores token"] = lambda: routed_scores_kernel.build(active, False, H200_SMS)
-    if "misa_rerank" in modes and params.candidate_unit == "token":
-        builders["routed_scores token"] = lambda: routed_scores_kernel.build(active, False, H200_SMS)
-        builders["token_select"] = lambda: token_select_kernel.compile_for(params.candidates, params.local_tokens)
-        builders[f"token_rerank H={num_heads}"] = lambda: token_rerank_kernel.compile_for(num_heads, params.candidates)
-    elif "misa_rerank" in modes:
-        builders["routed_scores page"] = lambda: routed_scores_kernel.build(active, True, H200_SMS)
+        builders |= _token_builders("misa", params.top_k, (0, 0), num_heads, active)
+    if "misa_rerank" in modes and params.candidate_unit == "page":
+        builders["routed_scores maxima"] = lambda: routed_scores_kernel.build(active, "maxima", H200_SMS)
         builders |= _select_builders("page_select", params.candidates // 64, 1, 4, params.local_tokens)
+    elif "misa_rerank" in modes:
+        forced = (PAGE_TOKENS, params.local_tokens)
+        builders |= _token_builders("misa_rerank", params.candidates, forced, num_heads, active)
     if "hisa" in modes:
         builders[f"block_means {params.block_size}"] = lambda: block_means_kernel.build(params.block_size // 64)
         builders[f"block_score H={num_heads}"] = lambda: block_score_kernel.build(num_heads, params.block_size)
         unit_pages = params.block_size // 64
         builders |= _select_builders("block_select", params.top_blocks, unit_pages, 1, params.local_tokens)
+    if "group_rerank" in modes:
+        builders |= _group_builders(params, num_heads)
+    return builders
+
+
+def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable[[], object]]:
+    """The group's size in prefill, single rows in decode; positions for `select_rows`, slots for a server."""
+    budget, group, forced = params.candidates, params.group, (PAGE_TOKENS, params.local_tokens)
+    builders: dict[str, Callable[[], object]] = {
+        "group sample_threshold": functools.partial(sample_kernel.compile_sample_threshold, budget, *forced, True),
+    }
+    for output in (False, True):
+        name = "position" if output else "slot"
+        builders |= {
+            f"group candidate_list {name}": functools.partial(
+                candidate_list_kernel.compile_for, budget, *forced, True, output
+            ),
+            f"group token_select {name}": functools.partial(token_select_kernel.compile_for, budget, *forced, output),
+        }
+    for rows in sorted({1, group}):
+        builders[f"token_scores {rows} H={num_heads}"] = functools.partial(token_scores_kernel.build, num_heads, rows)
+        for slots in (False, True):
+            name = f"group_pick {rows} {'slot' if slots else 'position'}"
+            builders[name] = functools.partial(group_rerank_kernel.compile_pick_for, rows, slots)
+    return builders
+
+
+def _token_builders(
+    mode: str, budget: int, forced: tuple[int, int], num_heads: int, active: int
+) -> dict[str, Callable[[], object]]:
+    """Cache slots for output, as SGLang has them."""
+    builders: dict[str, Callable[[], object]] = {
+        f"routed_scores {form}": functools.partial(routed_scores_kernel.build, active, form, H200_SMS)
+        for form in ("scores", "mask")
+    }
+    builders["sample_keys"] = sample_kernel.compile_sample_keys
+    builders[f"{mode} sample_threshold"] = functools.partial(
+        sample_kernel.compile_sample_threshold, budget, *forced, False
+    )
+    builders[f"{mode} candidate_list"] = functools.partial(
+        candidate_list_kernel.compile_for, budget, *forced, False, False
+    )
+    builders["rescan_gather"] = rescan_kernel.compile_gather
+    builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
+    builders[f"{mode} rescan_choice"] = functools.partial(rescan_kernel.compile_choice, active, budget, *forced, False)
+    builders[f"{mode} token_scores"] = functools.partial(
+        token_scores_kernel.build, active if mode == "misa" else num_heads, 1
+    )
     return builders
 
 

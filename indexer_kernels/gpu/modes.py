@@ -1,13 +1,12 @@
-"""native, misa, misa_rerank and hisa on the GPU: which kernels run in which order."""
+"""native and the two modes with page candidates, misa_rerank by pages and hisa: which kernels run in which order."""
 
 import torch
 
-from indexer_kernels.gpu import block_score_kernel, token_rerank_kernel
+from indexer_kernels.gpu import block_score_kernel
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select
-from indexer_kernels.gpu.routed import route, routed_scan, whole_stages
+from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
-from indexer_kernels.gpu.token_select_kernel import empty_token_candidates, token_select
 from indexer_kernels.gpu.work import BLOCK_TILE, Work, block_means, num_sms, pages_of, slices, table_pages
 from indexer_kernels.row_plan import TILE_ROWS
 
@@ -26,51 +25,7 @@ def native(work: Work) -> None:
         del scores  # before the next slice is allocated
 
 
-def misa(work: Work) -> None:
-    """Routed heads over every page; the best top_k of their scores."""
-    plan = work.plan
-    routed = route(work)
-    width = whole_stages(table_pages(work), work.params.active_heads)
-    place_out = torch.empty((plan.num_tiles * TILE_ROWS, work.params.top_k), dtype=torch.int32, device=work.q.device)
-    place_lengths = torch.where(plan.tile_rows >= 0, plan.row_lengths[plan.tile_rows.clamp_min(0).long()], 0)
-    tile_pages = pages_of(plan.tile_length)
-    for tiles in slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, num_sms(work.q.device)):
-        scores = routed_scan(work, routed, tile_pages, tiles, width, PAGE_TOKENS)
-        table = None
-        if work.slots:
-            table = work.page_table[plan.tile_request[tiles].long()].repeat_interleave(TILE_ROWS, dim=0)
-        places = slice(tiles.start * TILE_ROWS, tiles.stop * TILE_ROWS)
-        work.top_k(scores, place_lengths[tiles].flatten(), table, place_out[places])
-        del scores  # before the next slice is allocated
-    torch.index_select(place_out, 0, plan.row_place, out=work.out)
-
-
-def misa_rerank(work: Work) -> None:
-    if work.params.candidate_unit == "token":
-        _misa_rerank_tokens(work)
-    else:
-        _misa_rerank_pages(work)
-
-
-def _misa_rerank_tokens(work: Work) -> None:
-    """Routed heads choose tokens; all heads re-rank them, gathered one by one."""
-    plan, budget = work.plan, work.params.candidates
-    routed = route(work)
-    width = whole_stages(table_pages(work), work.params.active_heads)
-    tile_pages = torch.where(plan.tile_length > budget, pages_of(plan.tile_length), 0)
-    chosen = empty_token_candidates(plan.num_rows, budget, work.q.device)
-    for tiles in slices(plan.num_tiles, width * PAGE_TOKENS * 4 * TILE_ROWS, num_sms(work.q.device)):
-        scores = routed_scan(work, routed, tile_pages, tiles, width, PAGE_TOKENS)
-        places = plan.tile_rows[tiles].flatten()
-        token_select(
-            scores, places, plan.row_lengths, plan.row_request, work.page_table, chosen, work.params.local_tokens
-        )
-        del scores  # before the next slice is allocated
-    scores = token_rerank_kernel.token_rerank(work.q, work.weights, work.pool.pages, chosen)
-    work.top_k(scores, chosen.counts, chosen.slots if work.slots else chosen.positions, work.out, 1)
-
-
-def _misa_rerank_pages(work: Work) -> None:
+def misa_rerank_pages(work: Work) -> None:
     """Routed heads choose pages by their best token; all heads re-rank the tokens of those pages."""
     plan, budget = work.plan, work.params.candidates // PAGE_TOKENS
     routed = route(work)
@@ -81,7 +36,7 @@ def _misa_rerank_pages(work: Work) -> None:
     tile_pages = torch.where(pages > budget, pages, 0)
     chosen = empty_candidates(plan.num_rows, budget, work.q.device)
     for tiles in slices(plan.num_tiles, width * values * 4 * TILE_ROWS, num_sms(work.q.device)):
-        scores = routed_scan(work, routed, tile_pages, tiles, width, values)
+        scores = routed_scan(work, routed, cache_keys(work), tile_pages, tiles, width, "maxima")
         choose_pages(work, scores, tiles, chosen, 1, values)
         del scores  # before the next slice is allocated
     rerank_pages(work, chosen)

@@ -1,8 +1,11 @@
 """The gpu backend's two entries. Same results in every layout, because there is one layout: pages."""
 
+from collections.abc import Callable
+
 import torch
 
-from indexer_kernels.gpu import modes
+from indexer_kernels.gpu import modes, token_modes
+from indexer_kernels.gpu.group_rerank import group_rerank
 from indexer_kernels.gpu.page_select_kernel import CAPACITIES
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.gpu.work import Pool, Work, pages_of
@@ -13,10 +16,16 @@ from indexer_kernels.top_k import TopK, torch_top_k
 
 MODES = {
     "native": modes.native,
-    "misa": modes.misa,
-    "misa_rerank": modes.misa_rerank,
+    "misa": token_modes.misa,
     "hisa": modes.hisa,
+    "group_rerank": group_rerank,
 }
+
+
+def _mode(mode: str, params: IndexerParams) -> Callable[[Work], None]:
+    if mode == "misa_rerank":
+        return modes.misa_rerank_pages if params.candidate_unit == "page" else token_modes.misa_rerank
+    return MODES[mode]
 
 
 def max_tokens(mode: str) -> int | None:
@@ -53,7 +62,7 @@ def select_rows(
     work = Work(
         q, weights, pool, page_table, plan, params, output == "slot", top_k_kernel or torch_top_k, out[:num_rows]
     )
-    MODES[mode](work)
+    _mode(mode, params)(work)
     return out
 
 

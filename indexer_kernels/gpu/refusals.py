@@ -2,11 +2,11 @@
 
 import torch
 
-from indexer_kernels.gpu import token_rerank_kernel
 from indexer_kernels.gpu.target import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 
 HEADS = (32, 64)
+GROUPS = (2, 4)
 
 
 def refusal(mode: str, q: torch.Tensor, params: IndexerParams) -> str | None:
@@ -23,7 +23,7 @@ def refusal(mode: str, q: torch.Tensor, params: IndexerParams) -> str | None:
 def mode_refusal(mode: str, params: IndexerParams) -> str | None:
     """The part of `refusal` that depends on the settings alone: what a server can know before it starts."""
     if mode == "group_rerank":
-        return "group_rerank has no gpu kernels yet"
+        return _groups_refusal(params)
     if mode in ("misa", "misa_rerank"):
         if params.active_heads not in (4, 8, 16):
             return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
@@ -42,8 +42,6 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
 
 def _candidates_refusal(params: IndexerParams) -> str | None:
     if params.candidate_unit == "token":
-        if params.candidates % token_rerank_kernel.TILE:
-            return f"candidates={params.candidates} is not a multiple of {token_rerank_kernel.TILE}"
         if PAGE_TOKENS + params.local_tokens >= params.candidates:
             return f"candidates={params.candidates} leaves no token beside the forced ones"
         return "the kernels of candidate_unit='token' have not run on a GPU yet, use 'page' or 'auto'"
@@ -52,6 +50,14 @@ def _candidates_refusal(params: IndexerParams) -> str | None:
     forced = 1 + _covering(params.local_tokens, PAGE_TOKENS)
     if forced >= params.candidates // PAGE_TOKENS:
         return f"candidates={params.candidates} leaves no page beside the {forced} forced ones"
+    return None
+
+
+def _groups_refusal(params: IndexerParams) -> str | None:
+    if params.group not in GROUPS:
+        return f"group={params.group}, kernels are built for {GROUPS}"
+    if PAGE_TOKENS + params.local_tokens >= params.candidates:
+        return f"candidates={params.candidates} leaves no token beside the forced ones"
     return None
 
 

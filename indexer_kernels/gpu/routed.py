@@ -1,20 +1,40 @@
-"""Head routing and the scan of the keys with each row's routed heads."""
+"""Head routing and the scan of keys with each row's routed heads."""
 
 from typing import NamedTuple
 
 import torch
 
 from indexer_kernels.gpu import head_route_kernel, routed_pack_kernel, routed_scores_kernel
-from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
 from indexer_kernels.gpu.work import Work, block_means, num_sms
 from indexer_kernels.row_plan import TILE_ROWS
 
+CELL_BYTES = routed_scores_kernel.MASK_WORDS * 4
+VALUES = {"scores": PAGE_TOKENS, "maxima": PAGE_TOKENS // WARP_KEYS, "mask": PAGE_TOKENS // WARP_KEYS}
+
 
 class Routed(NamedTuple):
-    """The routed heads laid out for the scan: q [tiles * 16 * A, 128] fp8, gate [tiles * 16 * A] f32."""
+    """The routed heads [M, A] int32, and their queries and gates laid out for the scan: q [tiles * 16 * A, 128] fp8,
+    gate [tiles * 16 * A] f32.
+    """
 
+    heads: torch.Tensor
     q: torch.Tensor
     gate: torch.Tensor
+
+    def of_tiles(self, tiles: slice) -> "Routed":
+        """q and gate of the tiles in `tiles` alone."""
+        columns = TILE_ROWS * self.heads.shape[1]
+        packed = slice(tiles.start * columns, tiles.stop * columns)
+        return Routed(self.heads, self.q[packed], self.gate[packed])
+
+
+class Keys(NamedTuple):
+    """Keys to scan: pages under the views the kernels read, and their table [R, W] int32."""
+
+    keys: torch.Tensor
+    scales: torch.Tensor
+    page_table: torch.Tensor
 
 
 def route(work: Work) -> Routed:
@@ -26,32 +46,54 @@ def route(work: Work) -> Routed:
         flat_q, work.weights, means, plan.row_lengths, plan.tile_request, plan.tile_rows, heads
     )
     columns = plan.num_tiles * TILE_ROWS * params.active_heads
-    routed = Routed(flat_q.new_empty((columns, HEAD_DIM)), work.weights.new_empty(columns))
-    routed_pack_kernel.build(num_heads, params.active_heads)(flat_q, work.weights, heads, plan.tile_rows, *routed)
-    return routed
+    packed_q, packed_gate = flat_q.new_empty((columns, HEAD_DIM)), work.weights.new_empty(columns)
+    routed_pack_kernel.build(num_heads, params.active_heads)(
+        flat_q, work.weights, heads, plan.tile_rows, packed_q, packed_gate
+    )
+    return Routed(heads, packed_q, packed_gate)
 
 
 def routed_scan(
-    work: Work, routed: Routed, tile_pages: torch.Tensor, tiles: slice, width: int, values: int
+    work: Work,
+    routed: Routed,
+    scanned: Keys,
+    tile_pages: torch.Tensor,
+    tiles: slice,
+    width: int,
+    form: routed_scores_kernel.Form,
+    thresholds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scores of the tiles in `tiles`, [tiles * 16, width * values] f32: 64 values a page, or 4 maxima of 16 tokens
-    each.
+    """The scan of the tiles in `tiles` over `width` pages of `scanned`, in one of `routed_scores_kernel`'s forms.
+
+    tile_pages [T] int32: pages of each tile. f32 [tiles * 16, width * 64] ("scores") or [tiles * 16, width * 4]
+    ("maxima"), or int32 [tiles, width * 4, 8] ("mask", with thresholds [tiles * 16] f32).
     """
     num_tiles, active_heads = tiles.stop - tiles.start, work.params.active_heads
-    columns = TILE_ROWS * active_heads
-    scores = torch.empty((num_tiles * TILE_ROWS, width * values), dtype=torch.float32, device=work.q.device)
-    packed = slice(tiles.start * columns, tiles.stop * columns)
-    routed_scores_kernel.build(active_heads, values < PAGE_TOKENS, num_sms(work.q.device))(
-        routed.q[packed],
-        routed.gate[packed].view(-1, active_heads, routed_scores_kernel.GROUP_ROWS),
-        work.pool.keys,
-        work.pool.scales,
-        work.page_table,
+    packed = routed.of_tiles(tiles)
+    places = num_tiles * TILE_ROWS
+    if form == "mask":
+        shape = (num_tiles, width * VALUES[form], routed_scores_kernel.MASK_WORDS)
+        out = torch.empty(shape, dtype=torch.int32, device=work.q.device)
+    else:
+        out = torch.empty((places, width * VALUES[form]), dtype=torch.float32, device=work.q.device)
+    if thresholds is None:
+        thresholds = packed.gate[:places]  # not read
+    routed_scores_kernel.build(active_heads, form, num_sms(work.q.device))(
+        packed.q,
+        packed.gate.view(-1, active_heads, routed_scores_kernel.GROUP_ROWS),
+        scanned.keys,
+        scanned.scales,
+        scanned.page_table,
         work.plan.tile_request[tiles],
         tile_pages[tiles],
-        scores,
+        thresholds.view(-1, routed_scores_kernel.GROUP_ROWS),
+        out,
     )
-    return scores
+    return out
+
+
+def cache_keys(work: Work) -> Keys:
+    return Keys(work.pool.keys, work.pool.scales, work.page_table)
 
 
 def whole_stages(pages: int, active_heads: int) -> int:

@@ -4,9 +4,14 @@ A persistent CTA takes tiles of 16 rows of one request. One producer warp stream
 shared-memory stages by TMA; each consumer warpgroup owns one page of a stage (64 keys are the A operand of its
 wgmma). The 8 rows of a group sit innermost in the columns, (group, head, row), so the sum over heads never leaves a
 thread.
+
+What leaves the chip is one of three forms: every score, the best score of 16 keys, or one bit a key, set where the
+score reaches a threshold of its row (a 32nd of the bytes). In a bit's word stand 8 keys of 4 rows, as the lanes of a
+warp hold them.
 """
 
 import functools
+from typing import Literal
 
 import tilelang
 import tilelang.language as T
@@ -18,6 +23,8 @@ GROUP_ROWS = 8
 GROUPS = TILE_ROWS // GROUP_ROWS
 STAGES = 4
 PRODUCER_REGISTERS = 24
+MASK_WORDS = 8  # 32-bit words of one cell of 16 keys and 16 rows
+Form = Literal["scores", "maxima", "mask"]
 
 
 def stage_pages(active_heads: int) -> int:
@@ -29,15 +36,26 @@ def stage_pages(active_heads: int) -> int:
     return 2 if active_heads > 8 else 3
 
 
-def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
-    """The prim_func; page_maxima keeps the best score of 16 keys (four values a page) instead of every score."""
+def routed_scores_prim_func(active_heads: int, form: Form, num_sms: int):
+    """The prim_func. Only "mask" reads `thresholds`; the other forms take any tensor of that shape.
+
+    out is f32 [tiles * 16, keys] of "scores", f32 [tiles * 16, keys / 16] of "maxima", and of "mask" int32 [tiles, keys
+    / 16, 8]: word 4 * ((key % 16) // 8) + 2 * (place // 8) + place % 2 of a cell, bit 4 * (key % 8) +
+    (place % 8) // 2.
+    """
     consumers = stage_pages(active_heads)
     consumer_registers = 240 if consumers == 2 else 160
     stage_keys = consumers * PAGE_TOKENS
     columns = GROUPS * active_heads * GROUP_ROWS
-    stage_out = stage_keys // WARP_KEYS if page_maxima else stage_keys
+    cells = stage_keys // WARP_KEYS
+    stage_out = stage_keys if form == "scores" else cells
     num_tiles, pool_pages = T.dynamic("num_tiles"), T.dynamic("pool_pages")
     num_requests, table_width, out_stages = T.dynamic("num_requests"), T.dynamic("table_width"), T.dynamic("out_stages")
+
+    if form == "mask":
+        out_shape, out_type = (num_tiles, out_stages * cells, MASK_WORDS), "int32"
+    else:
+        out_shape, out_type = (num_tiles * TILE_ROWS, out_stages * stage_out), "float32"
 
     @T.prim_func
     def routed_scores(
@@ -48,7 +66,8 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
         page_table: T.Tensor((num_requests, table_width), "int32"),
         tile_request: T.Tensor((num_tiles,), "int32"),
         tile_pages: T.Tensor((num_tiles,), "int32"),
-        out: T.Tensor((num_tiles * TILE_ROWS, out_stages * stage_out), "float32"),
+        thresholds: T.Tensor((num_tiles * GROUPS, GROUP_ROWS), "float32"),
+        out: T.Tensor(out_shape, out_type),
     ):
         with T.Kernel(num_sms, threads=(consumers + 1) * 128) as sm:
             q_shared = T.alloc_shared((columns, HEAD_DIM), FP8)
@@ -56,9 +75,10 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
             product = T.alloc_fragment((stage_keys, columns), "float32")
             product4 = T.reshape(product, (stage_keys, GROUPS, active_heads, GROUP_ROWS))
             score = T.alloc_fragment((stage_keys, GROUPS, GROUP_ROWS), "float32")
-            score4 = T.reshape(score, (stage_keys // WARP_KEYS, WARP_KEYS, GROUPS, GROUP_ROWS))
-            best = T.alloc_fragment((stage_keys // WARP_KEYS, GROUPS, GROUP_ROWS), "float32")
+            score4 = T.reshape(score, (cells, WARP_KEYS, GROUPS, GROUP_ROWS))
+            best = T.alloc_fragment((cells, GROUPS, GROUP_ROWS), "float32")
             gate = T.alloc_fragment((GROUPS, active_heads, GROUP_ROWS), "float32")
+            threshold = T.alloc_fragment((GROUPS, GROUP_ROWS), "float32")
             k_scale = T.alloc_fragment((stage_keys,), "float32")
             full = T.alloc_barrier([1] * STAGES)
             empty = T.alloc_barrier([consumers * 128] * STAGES)
@@ -113,6 +133,8 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                         request = tile_request[wave * num_sms + sm]
                         if pages > 0:
                             T.copy(weights[(wave * num_sms + sm) * GROUPS, 0, 0], gate)
+                            if form == "mask":
+                                T.copy(thresholds[(wave * num_sms + sm) * GROUPS, 0], threshold)
                             T.barrier_wait(q_full, used & 1)
                             page = page_table[request, T.min(thread // 128, pages - 1)]
                             for n in T.serial(T.ceildiv(pages, consumers)):
@@ -136,7 +158,17 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                                         score[i, g, c] = T.ieee_fmaf(
                                             T.max(product4[i, g, h, c], 0), gate[g, h, c], score[i, g, c]
                                         )
-                                if page_maxima:
+                                if form == "mask":
+                                    for i, g, c in T.Parallel(stage_keys, GROUPS, GROUP_ROWS):
+                                        # Every lane of a warp holds, and writes, the same word.
+                                        out[
+                                            wave * num_sms + sm,
+                                            n * cells + i // WARP_KEYS,
+                                            i // 8 % 2 * 4 + g * 2 + c % 2,
+                                        ] = T.cast(
+                                            T.ballot_sync(score[i, g, c] * k_scale[i] >= threshold[g, c]), "int32"
+                                        )
+                                elif form == "maxima":
                                     for i, g, c in T.Parallel(stage_keys, GROUPS, GROUP_ROWS):
                                         score[i, g, c] = score[i, g, c] * k_scale[i]
                                     T.reduce_max(score4, best, dim=1)
@@ -153,16 +185,17 @@ def routed_scores_prim_func(active_heads: int, page_maxima: bool, num_sms: int):
                             used = used + 1
                             T.barrier_arrive(q_empty)
 
-    name = f"routed_scores_a{active_heads}_{'page' if page_maxima else 'token'}"
+    name = f"routed_{form}_a{active_heads}"
     return routed_scores.with_attr("global_symbol", name)
 
 
 @functools.cache
-def build(active_heads: int, page_maxima: bool, num_sms: int):
+def build(active_heads: int, form: Form, num_sms: int):
     """Compiled once per active head count and output form, whatever the batch."""
     return tilelang.compile(
-        routed_scores_prim_func(active_heads, page_maxima, num_sms),
+        routed_scores_prim_func(active_heads, form, num_sms),
         target=TARGET,
         execution_backend="tvm_ffi",
-        pass_configs=PASS_CONFIGS,
+        # The lanes of a warp store one word of the mask, the same from each; the check reads that as a race.
+        pass_configs={**PASS_CONFIGS, tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: form == "mask"},
     )

@@ -13,7 +13,7 @@ from indexer_kernels.row_plan import RowPlan
 from indexer_kernels.top_k import TopK
 
 # Scores held at once. Rows are taken in slices that fit, so no context length can exhaust the device.
-SCRATCH_BYTES = 5 << 28
+SCRATCH_BYTES = 15 << 26
 BLOCK_TILE = head_route_kernel.TILE_BLOCKS
 
 

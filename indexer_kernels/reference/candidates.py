@@ -74,12 +74,12 @@ def group_candidates(
     beside them the group's own positions up to the row (PIVOT-Refine, arXiv 2607.24593).
 
     group_start [M]: position of the group's first row, present in the call or not; it sees tokens 0 .. group_start.
-    The first page and the row's last local_tokens are forced, and count as candidates where the first row sees them.
+    The first page and the last local_tokens that the first row sees are forced, and count as candidates: so all rows of
+    a group share one list.
     """
     num_tokens = proxy_scores.shape[1]
-    token = torch.arange(num_tokens, device=lengths.device)
-    visible = visible_units(lengths, num_tokens, 1)
-    scanned = visible & (token <= group_start[:, None])
-    forced = forced_units(lengths, num_tokens, 1, PAGE_TOKENS, params.local_tokens)
-    kept = keep_within_budget(proxy_scores, scanned, forced, params.candidates)
-    return kept | (visible & (token >= group_start[:, None]))
+    scanned = group_start + 1
+    forced = forced_units(scanned, num_tokens, 1, PAGE_TOKENS, params.local_tokens)
+    kept = keep_within_budget(proxy_scores, visible_units(scanned, num_tokens, 1), forced, params.candidates)
+    own = torch.arange(num_tokens, device=lengths.device) >= group_start[:, None]
+    return (kept | own) & visible_units(lengths, num_tokens, 1)

@@ -13,6 +13,7 @@ from indexer_kernels.reference.candidates import (
 from indexer_kernels.reference.choice import select_tokens
 from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
 from indexer_kernels.reference.scores import block_means, token_scores
+from indexer_kernels.row_groups import group_proxies, group_rows
 
 SLICE_ELEMENTS = 1 << 22  # scores of one row slice: 32 MiB of float64, and a few such while they are ranked
 
@@ -38,7 +39,8 @@ def select_request(
     block = {"hisa": params.block_size}.get(mode, params.route_block)
     means = block_means(k, k_scale, block)
     if mode == "group_rerank":
-        group_of_row, proxy_q, proxy_weights = _group_proxies(q, weights, lengths, params)
+        groups = group_rows(torch.zeros_like(lengths), lengths, params.group)
+        group_of_row, proxies = groups.row_place // params.group, group_proxies(q, weights, groups.rows)
     step = max(1, SLICE_ELEMENTS // k.shape[0])
     for start in range(0, q.shape[0], step):
         rows = slice(start, start + step)
@@ -55,8 +57,8 @@ def select_request(
         elif mode == "hisa":
             eligible = block_candidates(q[rows], weights[rows], means, lengths[rows], k.shape[0], params)
         elif mode == "group_rerank":
-            groups = group_of_row[rows]
-            proxy_scores = token_scores(proxy_q[groups], proxy_weights[groups], k, k_scale)
+            group = group_of_row[rows]
+            proxy_scores = token_scores(proxies.q[group], proxies.weights[group], k, k_scale)
             group_start = (lengths[rows] - 1) // params.group * params.group
             eligible = group_candidates(proxy_scores, group_start, lengths[rows], params)
         selected[rows] = select_tokens(scores, eligible, params.top_k)
@@ -75,20 +77,3 @@ def _routed_scores(
     routing = routing_scores(q, weights, means, lengths // params.route_block, params.route_statistic)
     heads = route_heads(routing, params.active_heads)
     return token_scores(*take_heads(q, weights, heads), k, k_scale)
-
-
-def _group_proxies(
-    q: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, params: IndexerParams
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(group of each row [M], mean query [G, H, D], mean gate [G, H]) over the group's rows that are in the call.
-
-    So a chunk border inside a group changes its rows; borders at multiples of `group` (SGLang's are multiples of a
-    page) change nothing. Rows that see no token form a group of their own, -1.
-    """
-    group, members = torch.unique((lengths - 1) // params.group, return_inverse=True)
-    count = torch.bincount(members, minlength=len(group)).double()
-    mean_q = torch.zeros((len(group), *q.shape[1:]), dtype=torch.float64, device=q.device)
-    mean_weights = torch.zeros((len(group), q.shape[1]), dtype=torch.float64, device=q.device)
-    mean_q.index_add_(0, members, q.double()).div_(count[:, None, None])
-    mean_weights.index_add_(0, members, weights.double()).div_(count[:, None])
-    return members, mean_q.float(), mean_weights.float()

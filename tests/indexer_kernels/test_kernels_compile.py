@@ -1,5 +1,7 @@
 """Every TileLang and Triton kernel, compiled for sm_90a on a machine without a GPU: no spills, no vanished products."""
 
+import functools
+
 import pytest
 
 pytest.importorskip("tilelang", reason="the gpu extra is not installed")
@@ -7,11 +9,14 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 from indexer_kernels.gpu import (
     block_means_kernel,
     block_score_kernel,
+    candidate_list_kernel,
     head_route_kernel,
     page_select_kernel,
+    rescan_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
-    token_rerank_kernel,
+    sample_kernel,
+    token_scores_kernel,
     token_select_kernel,
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all
@@ -30,22 +35,36 @@ KERNELS = {
     "block_score 64": (lambda: block_score_kernel.block_score_prim_func(64, 128), ("HGMMA.64x128x16", 8)),
     "block_score 32": (lambda: block_score_kernel.block_score_prim_func(32, 128), ("HGMMA.64x128x16", 8)),
     "routed_pack": (lambda: routed_pack_kernel.routed_pack_prim_func(64, 8), None),
-    "routed_scores 8 token": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(8, False, H200_SMS),
+    "routed_scores 8 scores": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(8, "scores", H200_SMS),
         ("QGMMA.64x128x32", 4),
     ),
-    "routed_scores 8 page": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(8, True, H200_SMS),
+    "routed_scores 8 maxima": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(8, "maxima", H200_SMS),
         ("QGMMA.64x128x32", 4),
     ),
-    "routed_scores 4 page": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(4, True, H200_SMS),
+    "routed_scores 4 maxima": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(4, "maxima", H200_SMS),
         ("QGMMA.64x64x32", 4),
     ),
-    "routed_scores 16 page": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(16, True, H200_SMS),
+    "routed_scores 16 maxima": (
+        lambda: routed_scores_kernel.routed_scores_prim_func(16, "maxima", H200_SMS),
         ("QGMMA.64x256x32", 4),
     ),
+    **{
+        f"routed_scores {active} mask": (
+            functools.partial(routed_scores_kernel.routed_scores_prim_func, active, "mask", H200_SMS),
+            (f"QGMMA.64x{16 * active}x32", 4),
+        )
+        for active in (4, 8, 16)
+    },
+    **{
+        f"token_scores {heads} of {rows}": (
+            functools.partial(token_scores_kernel.token_scores_prim_func, heads, rows),
+            (f"QGMMA.64x{max(16, heads * rows)}x32", 4),
+        )
+        for heads, rows in ((64, 1), (32, 1), (64, 2), (64, 4), (32, 4), (4, 1), (8, 1), (16, 1))
+    },
 }
 
 
@@ -79,11 +98,25 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
 @pytest.mark.parametrize(
     ("compiled", "products"),
     [
-        (lambda: token_select_kernel.compile_for(8192, 128), None),
-        (lambda: token_rerank_kernel.compile_for(64, 8192), "QGMMA.64x64x32"),
-        (lambda: token_rerank_kernel.compile_for(32, 8192), "QGMMA.64x32x32"),
+        (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
+        (sample_kernel.compile_sample_keys, None),
+        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False), None),
+        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, False, False), None),
+        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True, True), None),
+        (rescan_kernel.compile_gather, None),
+        (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
+        (lambda: rescan_kernel.compile_choice(8, 8192, 64, 128, False), "QGMMA.64x16x32"),
     ],
-    ids=["token_select", "token_rerank 64", "token_rerank 32"],
+    ids=[
+        "token_select",
+        "sample_keys",
+        "sample_threshold",
+        "list from bits",
+        "list from scores",
+        "rescan_gather",
+        "rescan_scores",
+        "rescan_choice",
+    ],
 )
 def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, tmp_path):
     cubin = tmp_path / "kernel.cubin"
@@ -96,29 +129,46 @@ def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, 
     assert found == sum(count for opcode, count in opcodes.items() if opcode.startswith(products or "no product"))
 
 
-def test_runtime_arguments_do_not_specialise():
+@pytest.mark.parametrize(
+    ("kernel", "dynamic"),
+    [
+        (page_select_kernel.page_select_kernel, page_select_kernel.DYNAMIC),
+        (token_select_kernel.token_select_kernel, token_select_kernel.DYNAMIC),
+        (candidate_list_kernel.candidate_list_kernel, candidate_list_kernel.DYNAMIC),
+        (sample_kernel.sample_keys_kernel, sample_kernel.COPIED),
+        (sample_kernel.sample_threshold_kernel, sample_kernel.SEARCHED),
+        (rescan_kernel.gather_unsure_kernel, rescan_kernel.GATHERED),
+        (rescan_kernel.rescan_scores_kernel, rescan_kernel.SCORED),
+        (rescan_kernel.rescan_choice_kernel, rescan_kernel.CHOSEN),
+    ],
+    ids=str,
+)
+def test_runtime_arguments_do_not_specialise(kernel, dynamic):
     """A batch may change every argument that is not a constexpr; none of them may compile a second variant."""
-    runtime = [p.name for p in page_select_kernel.page_select_kernel.params if not p.is_constexpr]
-    assert runtime == page_select_kernel.DYNAMIC
-    assert all(
-        p.do_not_specialize and p.do_not_specialize_on_alignment
-        for p in page_select_kernel.page_select_kernel.params
-        if not p.is_constexpr
-    )
+    runtime = [param for param in kernel.params if not param.is_constexpr]
+    assert [param.name for param in runtime] == dynamic
+    assert all(param.do_not_specialize and param.do_not_specialize_on_alignment for param in runtime)
 
 
 def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     def broken(*_args):
         raise RuntimeError("first line\nlast line")
 
-    for module in (head_route_kernel, block_means_kernel, block_score_kernel, routed_pack_kernel, routed_scores_kernel):
+    for module in (
+        head_route_kernel,
+        block_means_kernel,
+        block_score_kernel,
+        routed_pack_kernel,
+        routed_scores_kernel,
+        token_scores_kernel,
+    ):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
-    assert {name for name in outcome if "select" in name} == {
-        *(f"page_select {capacity}" for capacity in (2048, 4096, 8192)),
-        *(f"block_select {capacity}" for capacity in (2048, 4096)),  # of 8192 pages, two to a block
+    assert {"misa token_scores", "misa_rerank candidate_list", "group token_select slot"} <= set(outcome)
+    assert {name for name in outcome if name.startswith("block_select")} == {
+        f"block_select {capacity}"
+        for capacity in (2048, 4096)  # of 8192 pages, two to a block
     }
-    assert len(outcome) == 12
     assert outcome.pop("head_route H=64") == "RuntimeError: last line"
     assert set(outcome.values()) == {None}

@@ -3,6 +3,7 @@
 Shares no code with the package. Scores are float64; a row is a sorted() over (-score, index).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -73,13 +74,9 @@ def brute_force(
                 for other, begin in zip(rows, ks)
                 if begin == ks[m] and other.length and (other.length - 1) // group == (row.length - 1) // group
             ]
-            proxy = row._replace(
-                q=sum(other.q for other in members) / len(members),
-                weights=sum(other.weights for other in members) / len(members),
-            )
             scan = set(range(first + 1))
-            forced = forced_tokens(row.length, local_tokens) & scan
-            proxy_scores = head_sum(proxy, range(len(row.weights)))
+            forced = forced_tokens(first + 1, local_tokens)
+            proxy_scores = head_sum(proxy_row(row, members), range(len(row.weights)))
             pool = forced | best(proxy_scores, scan - forced, candidates - len(forced)) | set(range(first, row.length))
         selected.append(best(scores, pool, top_k))
     return selected
@@ -91,6 +88,18 @@ def head_sum(row: Row, heads: Iterable[int]) -> list[float]:
     for head in heads:
         total += row.weights[head] * (row.keys @ row.q[head]).clamp_min(0)
     return (row.scales * total).tolist()
+
+
+def proxy_row(row: Row, members: Sequence[Row]) -> Row:
+    """The row with the members' mean query, rounded to fp8 after division by a power of two, and their mean gate."""
+    q, weights = row.q.clone(), row.weights.clone()
+    for head in range(len(weights)):
+        mean = sum(other.q[head] for other in members) / len(members)
+        largest = float(mean.abs().max())
+        unit = 2.0 ** math.ceil(math.log2(largest / 448)) if largest else 1.0
+        q[head] = (mean / unit).to(torch.float8_e4m3fn).double() * unit
+        weights[head] = sum(other.weights[head] for other in members) / len(members)
+    return row._replace(q=q, weights=weights)
 
 
 def best(scores: Sequence[float], pool: Iterable[int], count: int) -> set[int]:

@@ -67,3 +67,12 @@ def overlap(got: torch.Tensor, want: torch.Tensor | Sequence[set[int]]) -> float
         wanted = {entry for entry in wanted if entry >= 0}
         shares.append(len(wanted & set(row)) / len(wanted) if wanted else 1.0)
     return sum(shares) / max(len(shares), 1)
+
+
+def assert_nothing_lost(got: torch.Tensor, want: torch.Tensor, native: torch.Tensor, share: float) -> None:
+    """Of native's tokens that `want` finds, got finds all but `share`: it may find more. All int32 [M, top_k]."""
+    lost = found = 0
+    for mine, theirs, every in zip(got.tolist(), want.tolist(), native.tolist()):
+        kept = set(theirs) & set(every) - {-1}
+        lost, found = lost + len(kept - set(mine)), found + len(kept)
+    assert lost <= share * found, f"{lost} of {found} tokens lost"

@@ -13,7 +13,7 @@ from indexer_kernels.gpu import block_score_kernel, head_route_kernel
 from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
-from indexer_kernels.gpu.routed import route, routed_scan, whole_stages
+from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.reference.candidates import forced_units, visible_units
 from indexer_kernels.reference.choice import keep_within_budget
@@ -112,15 +112,18 @@ def test_head_route_takes_the_heads_of_largest_routing_score(batch, active_heads
 
 
 @pytest.mark.parametrize("active_heads", [4, 8, 16])
-def test_routed_scan_scores_tokens_and_page_maxima(batch, active_heads):
+def test_routed_scan_in_its_three_forms(batch, active_heads):
     params = dataclasses.replace(PARAMS, active_heads=active_heads)
     work = work_of(batch, params)
     routed = route(work)
     plan = batch.plan
     width = whole_stages(table_pages(work), active_heads)
     pages, tiles = pages_of(plan.tile_length), slice(0, plan.num_tiles)
-    tokens = routed_scan(work, routed, pages, tiles, width, 64)
-    maxima = routed_scan(work, routed, pages, tiles, width, 4)
+    keys = cache_keys(work)
+    tokens = routed_scan(work, routed, keys, pages, tiles, width, "scores")
+    maxima = routed_scan(work, routed, keys, pages, tiles, width, "maxima")
+    thresholds = torch.randn(plan.num_tiles * TILE_ROWS, device="cuda")
+    mask = routed_scan(work, routed, keys, pages, tiles, width, "mask", thresholds).cpu()
     # The packed queries say which heads the kernel scored: unpack them for the reference.
     q = routed.q.view(torch.uint8).view(plan.num_tiles, 2, active_heads, 8, 128).permute(0, 1, 3, 2, 4)
     q = q.reshape(-1, active_heads, 128).view(torch.float8_e4m3fn)
@@ -138,6 +141,12 @@ def test_routed_scan_scores_tokens_and_page_maxima(batch, active_heads):
             ends = (torch.arange(full, device="cuda") + 1) * 16 <= plan.row_lengths[rows][:, None]
             if ends.any():
                 assert_close(maxima[places, :full][ends], best[ends], FP8_SCORE)
+        for row, place in list(zip(rows.tolist(), places.tolist()))[:: max(1, len(rows) // 50)]:
+            seen = int(plan.row_lengths[row])
+            key, (tile, inside) = torch.arange(seen), divmod(place, TILE_ROWS)
+            word = mask[tile, key // 16, key % 16 // 8 * 4 + inside // 8 * 2 + inside % 2]
+            bits = (word >> (key % 8 * 4 + inside % 8 // 2)) & 1
+            assert torch.equal(bits.bool(), (tokens[place, :seen] >= thresholds[place]).cpu())
 
 
 def test_block_score(batch):

@@ -139,7 +139,7 @@ def test_phase_follows_the_policy(settings, phase, shown):
 @pytest.mark.parametrize(
     ("settings", "model", "why"),
     [
-        ({"mode": "group_rerank"}, Model(64, 2048), "group_rerank"),
+        ({"mode": "group_rerank", "group": 3}, Model(64, 2048), "group=3"),
         ({"mode": "hisa"}, Model(16, 2048), "16 indexer heads"),
         ({"mode": "misa", "active_heads": 5}, Model(64, 2048), "active_heads=5"),
         ({"mode": "misa"}, Model(64, 4096), "index_topk=4096"),

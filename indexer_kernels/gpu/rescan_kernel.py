@@ -1,0 +1,296 @@
+"""Triton kernels for the rows whose sample misled: all tokens are scored again and the best are kept exactly.
+
+How many rows that are is known on the device alone. So their places are gathered first; then many programs score the
+first of them, a stretch each, and one program chooses the candidates of a row. Places beyond those whose scores can be
+held are scored by that one program itself.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from indexer_kernels.gpu.ahead_of_launch import compile_sm90
+from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu.token_select_kernel import BLOCK, keep_best
+from indexer_kernels.page_layout import HEAD_DIM, KEY_BYTES, PAGE_BYTES
+
+TILE = 128  # keys of one product
+STRETCH = 2048  # keys of one program
+HEADS = 16  # columns of one product: the least of a tensor core's; only the routed ones count
+PLACES = 4096  # places looked at in one step
+NUM_WARPS = 8
+KEYS = ["keys", "scales", "rows", "lengths", "request", "page_table", "table_width"]
+GATHERED = ["unsure", "num_places", "wanted"]
+SCORED = ["q", "gate", *KEYS, "wanted", "scratch", "scratch_stride"]
+CHOSEN = [*SCORED, "num_places", "positions", "slots", "counts", "width"]
+
+
+@triton.jit(do_not_specialize=GATHERED, do_not_specialize_on_alignment=GATHERED)
+def gather_unsure_kernel(
+    unsure,  # [places] int32
+    num_places,
+    wanted,  # [places] int32 out: the unsure places in their order, then -1
+    PLACES: tl.constexpr,
+):
+    written = tl.zeros((), tl.int32)
+    for start in range(0, num_places, PLACES):
+        place = start + tl.arange(0, PLACES)
+        is_unsure = tl.load(unsure + place, mask=place < num_places, other=0)
+        tl.store(wanted + place, -1, mask=place < num_places)
+        tl.debug_barrier()  # before another thread stores to the same word; entries go to the front, never past here
+        slot = written + tl.cumsum(is_unsure) - 1
+        tl.store(wanted + slot, place, mask=is_unsure != 0)
+        written += tl.sum(is_unsure)
+
+
+@triton.jit
+def packed_head(place, head, ACTIVE: tl.constexpr):
+    """Where the scan's packed queries keep routed head `head` of a place: (tile, group of 8 rows, head, row)."""
+    return (place // 8 * ACTIVE + head).to(tl.int64) * 8 + place % 8
+
+
+@triton.jit
+def _score(
+    base,
+    first,
+    stop,
+    place,
+    q,
+    gate,
+    keys,
+    scales,
+    table,
+    ACTIVE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+):
+    """Routed scores of the tokens [first, stop) of a place's row, to base + token."""
+    dim = tl.arange(0, DIM)
+    head = tl.arange(0, HEADS)
+    packed = packed_head(place, head, ACTIVE)
+    routed = head < ACTIVE
+    query = tl.load(q + packed[:, None] * DIM + dim[None, :], mask=routed[:, None], other=0.0)
+    weight = tl.load(gate + packed, mask=routed, other=0.0)
+    for start in range(first, stop, TILE):
+        token = start + tl.arange(0, TILE)
+        inside = token < stop
+        page = tl.load(table + token // 64, mask=inside, other=0).to(tl.int64)
+        source = page * PAGE_BYTES + token % 64 * DIM
+        key = tl.load(keys + source[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+        scale = tl.load(scales + page * (PAGE_BYTES // 4) + KEY_BYTES // 4 + token % 64, mask=inside, other=0.0)
+        products = tl.dot(key, tl.trans(query))
+        score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], axis=1) * scale
+        tl.store(base + token, score, mask=inside)
+
+
+@triton.jit(do_not_specialize=SCORED, do_not_specialize_on_alignment=SCORED)
+def rescan_scores_kernel(
+    q,  # [places * ACTIVE, DIM] fp8, packed
+    gate,  # [places * ACTIVE] f32, packed
+    keys,  # the cache's bytes as fp8
+    scales,  # the cache's bytes as f32
+    rows,  # [places] int32, the query row of each place or -1
+    lengths,  # [M] int32
+    request,  # [M] int32
+    page_table,  # [R, table_width] int32
+    table_width,
+    wanted,  # [places] int32, the unsure places, then -1
+    scratch,  # [programs, >= tokens] f32 out
+    scratch_stride,
+    STRETCH: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+):
+    place = tl.load(wanted + tl.program_id(1))
+    if place < 0:
+        return
+    row = tl.load(rows + place)
+    first = tl.program_id(0) * STRETCH
+    stop = tl.minimum(tl.load(lengths + row), first + STRETCH)
+    table = page_table + tl.load(request + row).to(tl.int64) * table_width
+    base = scratch + tl.program_id(1).to(tl.int64) * scratch_stride
+    _score(base, first, stop, place, q, gate, keys, scales, table, ACTIVE, HEADS, DIM, TILE, PAGE_BYTES, KEY_BYTES)
+
+
+@triton.jit(do_not_specialize=CHOSEN, do_not_specialize_on_alignment=CHOSEN)
+def rescan_choice_kernel(
+    q,
+    gate,
+    keys,
+    scales,
+    rows,
+    lengths,
+    request,
+    page_table,
+    table_width,
+    wanted,
+    scratch,  # [programs, >= tokens] f32: scores of the first `programs` unsure places
+    scratch_stride,
+    num_places,
+    positions,  # [places, width] int32 out
+    slots,  # [places, width] int32 out
+    counts,  # [places] int32 out
+    width,
+    BUDGET: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WITH_POSITIONS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+):
+    base = scratch + tl.program_id(0).to(tl.int64) * scratch_stride
+    for turn in range(tl.program_id(0), num_places, tl.num_programs(0)):
+        place = tl.load(wanted + turn)
+        if place >= 0:
+            row = tl.load(rows + place)
+            length = tl.load(lengths + row)
+            table = page_table + tl.load(request + row).to(tl.int64) * table_width
+            if turn >= tl.num_programs(0):
+                tl.debug_barrier()
+                _score(
+                    base,
+                    0,
+                    length,
+                    place,
+                    q,
+                    gate,
+                    keys,
+                    scales,
+                    table,
+                    ACTIVE,
+                    HEADS,
+                    DIM,
+                    TILE,
+                    PAGE_BYTES,
+                    KEY_BYTES,
+                )
+                tl.debug_barrier()  # scores are read back by other threads than wrote them
+            out = place.to(tl.int64) * width
+            keep_best(
+                base,
+                length,
+                table,
+                positions + out,
+                slots + out,
+                counts + place,
+                BUDGET,
+                FIRST,
+                LOCAL,
+                BLOCK,
+                WITH_POSITIONS,
+            )
+
+
+def rescan(
+    packed_q: torch.Tensor,
+    packed_gate: torch.Tensor,
+    k_pages: torch.Tensor,
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    request: torch.Tensor,
+    page_table: torch.Tensor,
+    max_length: int,
+    lists: Lists,
+    budget: int,
+    first_tokens: int,
+    local_tokens: int,
+    programs: int,
+) -> None:
+    """Replace each unsure list by the row's exact candidates (as `token_select` chooses them from routed scores).
+
+    packed_q [places * A, 128] fp8 and packed_gate [places * A] f32 as `routed_pack_kernel` lays them out, k_pages
+    [P, 8448] uint8, rows [places] int32. `programs` rows of max_length scores are held.
+    """
+    places = rows.shape[0]
+    if places == 0:
+        return
+    programs = min(programs, places)
+    wanted = torch.empty_like(rows)
+    gather_unsure_kernel[(1,)](lists.unsure, places, wanted, PLACES=PLACES, num_warps=NUM_WARPS)
+    scratch = torch.empty((programs, -(-max_length // 4) * 4), dtype=torch.float32, device=k_pages.device)
+    active = packed_gate.shape[0] // places
+    scored = (
+        packed_q,
+        packed_gate,
+        k_pages.view(torch.float8_e4m3fn),
+        k_pages.view(torch.float32),
+        rows,
+        lengths,
+        request,
+        page_table,
+        page_table.stride(0),
+        wanted,
+        scratch,
+        scratch.stride(0),
+    )
+    rescan_scores_kernel[(triton.cdiv(max_length, STRETCH), programs)](
+        *scored, STRETCH=STRETCH, **_score_constants(active), num_warps=NUM_WARPS
+    )
+    rescan_choice_kernel[(programs,)](
+        *scored,
+        places,
+        lists.slots if lists.positions is None else lists.positions,
+        lists.slots,
+        lists.counts,
+        lists.slots.shape[1],
+        **_choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
+        **_score_constants(active),
+        num_warps=NUM_WARPS,
+    )
+
+
+def _score_constants(active: int) -> dict[str, int | bool]:
+    return {
+        "ACTIVE": active,
+        "HEADS": HEADS,
+        "DIM": HEAD_DIM,
+        "TILE": TILE,
+        "PAGE_BYTES": PAGE_BYTES,
+        "KEY_BYTES": KEY_BYTES,
+    }
+
+
+def _choice_constants(budget: int, first_tokens: int, local_tokens: int, with_positions: bool) -> dict[str, int | bool]:
+    return {
+        "BUDGET": budget,
+        "FIRST": first_tokens,
+        "LOCAL": local_tokens,
+        "BLOCK": BLOCK,
+        "WITH_POSITIONS": with_positions,
+    }
+
+
+def _kinds(names: list[str]) -> dict[str, str]:
+    kinds = dict.fromkeys(names, "*i32")
+    kinds |= {name: "*fp8e4nv" for name in ("q", "keys") if name in kinds}
+    kinds |= {name: "*fp32" for name in ("gate", "scales", "scratch") if name in kinds}
+    return kinds | {name: "i32" for name in ("table_width", "scratch_stride", "num_places", "width") if name in kinds}
+
+
+def compile_gather():
+    """The gathering of places, compiled for sm_90 without a GPU or a launch."""
+    return compile_sm90(gather_unsure_kernel, _kinds(GATHERED), {"PLACES": PLACES}, {"num_warps": NUM_WARPS})
+
+
+def compile_scores(active: int):
+    """The scores for one number of routed heads, compiled for sm_90 without a GPU or a launch."""
+    constants = {"STRETCH": STRETCH, **_score_constants(active)}
+    return compile_sm90(rescan_scores_kernel, _kinds(SCORED), constants, {"num_warps": NUM_WARPS})
+
+
+def compile_choice(active: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
+    """The choice for one setting, compiled for sm_90 without a GPU or a launch."""
+    constants = _choice_constants(budget, first_tokens, local_tokens, with_positions) | _score_constants(active)
+    return compile_sm90(rescan_choice_kernel, _kinds(CHOSEN), constants, {"num_warps": NUM_WARPS})

@@ -1,0 +1,144 @@
+"""TileLang body that scores a list of candidate tokens for the row, or the rows of a group, that share the list.
+
+One CTA scores a stretch of one list. The candidates lie scattered over the cache: their keys are gathered by address,
+128 bytes each, two tiles ahead of the product with the heads of all rows.
+"""
+
+import functools
+
+import tilelang
+import tilelang.language as T
+
+from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET
+
+TILE = 128  # candidates of one product
+STRETCH = 1024  # candidates of one CTA
+THREADS = 256
+STAGES = 3
+COLUMNS = 16  # the least columns of a product
+
+
+def token_scores_prim_func(num_heads: int, list_rows: int):
+    """out[list * list_rows + w, i] = scale[j] * sum_h weights[r, h] * relu(q[r, h] . key[j]), r = rows[list, w], for
+    the columns[list] candidates j of a list.
+
+    Candidate i is slots[list, i] for i < counts[list], and the token at position behind[list] + i of page-table row
+    request[list] from there on. Where rows is -1 and past columns[list], out holds anything.
+    """
+    heads = list_rows * num_heads
+    columns_of_product = max(COLUMNS, heads)
+    num_rows, pool_pages = T.dynamic("num_rows"), T.dynamic("pool_pages")
+    lists, stretches, out_stretches = T.dynamic("lists"), T.dynamic("stretches"), T.dynamic("out_stretches")
+    num_requests, table_width = T.dynamic("num_requests"), T.dynamic("table_width")
+
+    @T.prim_func
+    def token_scores(
+        q: T.Tensor((num_rows * num_heads, HEAD_DIM), FP8),
+        weights: T.Tensor((num_rows * num_heads,), "float32"),
+        keys: T.Tensor((pool_pages * 66, HEAD_DIM), FP8),
+        scales: T.Tensor((pool_pages * 33 * PAGE_TOKENS,), "float32"),
+        page_table: T.Tensor((num_requests, table_width), "int32"),
+        rows: T.Tensor((lists, list_rows), "int32"),
+        request: T.Tensor((lists,), "int32"),
+        behind: T.Tensor((lists,), "int32"),
+        slots: T.Tensor((lists, stretches * TILE), "int32"),
+        counts: T.Tensor((lists,), "int32"),
+        columns: T.Tensor((lists,), "int32"),
+        out: T.Tensor((lists * list_rows, out_stretches * TILE), "float32"),
+    ):
+        with T.Kernel(T.ceildiv(out_stretches * TILE, STRETCH), lists, threads=THREADS) as (stretch, block):
+            q_shared = T.alloc_shared((columns_of_product, HEAD_DIM), FP8)
+            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), FP8)
+            key_row = T.alloc_shared((STRETCH,), "int32")
+            key_scale = T.alloc_shared((STRETCH,), "float32")
+            product = T.alloc_fragment((TILE, columns_of_product), "float32")
+            product3 = T.reshape(product, (TILE, list_rows, columns_of_product // list_rows))
+            score = T.alloc_fragment((TILE, list_rows), "float32")
+            gate = T.alloc_fragment((columns_of_product,), "float32")
+            left, tiles, slot, at = (
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+            )
+            left = T.min(columns[block] - stretch * STRETCH, STRETCH)
+            if left > 0:
+                tiles = T.ceildiv(left, TILE)
+                for i in T.Parallel(STRETCH):
+                    # A list is anything past its end: read the last candidate again instead.
+                    at = stretch * STRETCH + T.min(i, left - 1)
+                    if at < counts[block]:
+                        slot = slots[block, at]
+                    else:
+                        slot = (
+                            page_table[request[block], (behind[block] + at) // PAGE_TOKENS] * PAGE_TOKENS
+                            + (behind[block] + at) % PAGE_TOKENS
+                        )
+                    key_row[i] = slot // PAGE_TOKENS * 66 + slot % PAGE_TOKENS
+                    key_scale[i] = scales[(slot // PAGE_TOKENS * 33 + 32) * PAGE_TOKENS + slot % PAGE_TOKENS]
+                for i, d in T.Parallel(columns_of_product, HEAD_DIM):
+                    q_shared[i, d] = q[
+                        T.max(rows[block, T.min(i // num_heads, list_rows - 1)], 0) * num_heads + i % num_heads, d
+                    ]
+                for i in T.Parallel(columns_of_product):
+                    gate[i] = T.if_then_else(
+                        i < heads,
+                        weights[
+                            T.max(rows[block, T.min(i // num_heads, list_rows - 1)], 0) * num_heads + i % num_heads
+                        ],
+                        0,
+                    )
+                T.sync_threads()
+                for s in T.unroll(STAGES - 1):
+                    if s < tiles:
+                        for i, d in T.Parallel(
+                            TILE,
+                            HEAD_DIM,
+                            prefer_async=True,
+                            annotations={"parallel_async_without_async_commit_wait": True},
+                        ):
+                            k_shared[s, i, d] = keys[key_row[s * TILE + i], d]
+                    T.ptx_commit_group()
+                for t in T.serial(tiles):
+                    # The tile is there when all threads have waited for their part of it; then every thread has also
+                    # left the product before, whose stage is filled again.
+                    T.ptx_wait_group(STAGES - 2)
+                    T.sync_threads()
+                    if t + STAGES - 1 < tiles:
+                        for i, d in T.Parallel(
+                            TILE,
+                            HEAD_DIM,
+                            prefer_async=True,
+                            annotations={"parallel_async_without_async_commit_wait": True},
+                        ):
+                            k_shared[(t + STAGES - 1) % STAGES, i, d] = keys[key_row[(t + STAGES - 1) * TILE + i], d]
+                    T.ptx_commit_group()
+                    T.gemm(
+                        k_shared[t % STAGES, :, :],
+                        q_shared,
+                        product,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for i, h in T.Parallel(TILE, columns_of_product):
+                        product[i, h] = T.max(product[i, h], 0) * gate[h]
+                    T.reduce_sum(product3, score, dim=2)
+                    for i, w in T.Parallel(TILE, list_rows):
+                        out[block * list_rows + w, stretch * STRETCH + t * TILE + i] = (
+                            score[i, w] * key_scale[t * TILE + i]
+                        )
+
+    return token_scores.with_attr("global_symbol", f"token_scores_h{num_heads}_r{list_rows}")
+
+
+@functools.cache
+def build(num_heads: int, list_rows: int):
+    """Compiled once per head count and rows of a list, whatever the batch."""
+    return tilelang.compile(
+        token_scores_prim_func(num_heads, list_rows),
+        target=TARGET,
+        execution_backend="tvm_ffi",
+        # The barriers are written by hand: TileLang would put four into every tile.
+        pass_configs=PASS_CONFIGS | {tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True},
+    )

@@ -1,0 +1,196 @@
+"""Runs group_rerank of the gpu backend in Triton's interpreter, on a CPU, against the references.
+
+A program of its own, like `interpreted_kernels`; the two steps that are neither Triton nor torch, DeepGEMM's logits
+and TileLang's scores of a list, are computed by the reference.
+
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_group_rerank
+
+Prints how many rows were compared; an assertion ends it.
+"""
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from indexer_kernels import IndexerParams, select_rows
+from indexer_kernels.gpu import group_rerank, token_select_kernel, work
+from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
+from indexer_kernels.gpu.work import Pool, Work
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS, positions_to_slots, unpack_pages
+from indexer_kernels.reference.candidates import group_candidates
+from indexer_kernels.reference.scores import token_scores
+from indexer_kernels.row_groups import group_proxies
+from indexer_kernels.row_plan import RowPlan, plan_decode, plan_rows
+from indexer_kernels.top_k import torch_top_k
+from tests.support.compare import assert_form, assert_nothing_lost
+from tests.support.inputs import Batch, make_batch
+
+PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40)
+# Lengths and rows: beyond the budget, at it, within it, of one token; whole groups, and groups cut at both ends.
+SHAPES = (([705, 131, 1, 387, 384, 386], [9, 3, 1, 3, 2, 2]), ([1500], [6]))
+BYTES = {"whole": work.SCRATCH_BYTES, "sliced": 3 << 12}
+
+
+def float_logits(
+    q: torch.Tensor, weights: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """`paged_logits` by the reference; NaN behind a row's end. Every page id of the table has to exist."""
+    assert int(page_table.min()) >= 0 and int(page_table.max()) < k_pages.shape[0] and int(lengths.min()) >= 1
+    scores = torch.full((q.shape[0], page_table.shape[1] * PAGE_TOKENS + 8), float("nan"))
+    for row, length in enumerate(lengths.tolist()):
+        k, k_scale = unpack_pages(k_pages[page_table[row].long()], length)
+        scores[row, :length] = token_scores(q[row : row + 1], weights[row : row + 1], k, k_scale)[0]
+    return scores[:, : page_table.shape[1] * PAGE_TOKENS]
+
+
+def float_scores(job: Work, groups: GroupList) -> torch.Tensor:
+    """`group_scores` by the reference; NaN behind a list's end and for places without a row."""
+    shape = (groups.rows.numel(), group_rerank.width_of(groups.chosen.slots.shape[1], job.params.group))
+    scores = torch.full(shape, float("nan"))
+    for g, rows in enumerate(groups.rows.tolist()):
+        count, scanned = int(groups.chosen.counts[g]), int(groups.scanned[g])
+        own = torch.arange(scanned, scanned + int(groups.columns[g]) - count)
+        table = job.page_table[int(groups.request[g])]
+        slots = torch.cat([groups.chosen.slots[g, :count].long(), table[own // 64].long() * 64 + own % 64])
+        keys, scales = job.pool.keys[slots // 64 * 66 + slots % 64], job.pool.scales[slots // 64 * 33 + 32, slots % 64]
+        for place, row in enumerate(rows):
+            if row >= 0:
+                one = slice(row, row + 1)
+                found = token_scores(job.q[one], job.weights[one], keys, scales)[0]
+                scores[g * len(rows) + place, : len(slots)] = found
+    return scores
+
+
+def list_of(plan: RowPlan, page_table: torch.Tensor, group: int, budget: int) -> tuple[GroupList, torch.Tensor]:
+    """A list of random tokens for each group, some of `budget` tokens and some shorter, and each row's share of it."""
+    rows, _ = plan.groups(group)
+    first = rows[:, 0].long()
+    scanned = ((plan.row_lengths[first] - 1) // group * group + 1).int()
+    random = torch.Generator().manual_seed(3)
+    positions = torch.full((len(rows), budget), -1, dtype=torch.int32)
+    for line, reach in zip(positions, scanned.tolist()):
+        some = torch.randperm(reach, generator=random)[:budget].sort().values
+        line[: len(some)] = some
+    slots = positions_to_slots(positions, page_table[plan.row_request[first].long()])
+    counts = (positions >= 0).sum(1).int()
+    shares = torch.where(rows >= 0, counts[:, None] + plan.row_lengths[rows.clamp_min(0).long()] - scanned[:, None], 0)
+    chosen = Lists(positions, slots, counts, torch.zeros_like(counts))
+    return GroupList(chosen, rows, plan.row_request[first], scanned, shares.amax(1).int()), shares
+
+
+def check_pick(batch: Batch, group: int) -> None:
+    """List indices as positions and as slots."""
+    budget, (_, row_place) = PARAMS.candidates, batch.plan.groups(group)
+    groups, shares = list_of(batch.plan, batch.page_table, group, budget)
+    random = torch.Generator().manual_seed(4)
+    picks = torch.full((groups.rows.numel(), 70), -1, dtype=torch.int32)
+    want = torch.full((batch.plan.num_rows, 70), -1, dtype=torch.int32)
+    for row, place in enumerate(row_place.tolist()):
+        g, share = place // group, int(shares.flatten()[place])
+        count, scanned = int(groups.chosen.counts[g]), int(groups.scanned[g])
+        tokens = torch.cat([groups.chosen.positions[g, :count], torch.arange(scanned, batch.lengths[row])]).long()
+        assert len(tokens) == share
+        some = torch.randperm(share, generator=random)[:60]
+        picks[place, : len(some)], want[row, : len(some)] = some.int(), tokens[some].int()
+    for slots in (False, True):
+        found = torch.full_like(want, -7)
+        group_pick(picks, row_place, batch.page_table, groups, slots, found)
+        table = batch.page_table[torch.tensor(batch.row_request)]
+        assert torch.equal(found, positions_to_slots(want, table) if slots else want), (group, slots)
+
+
+def run(batch: Batch, plan: RowPlan, params: IndexerParams, slots: bool = False) -> tuple[torch.Tensor, Lists]:
+    """The whole mode, as `pipeline.select_rows` calls it, and the candidates of its groups."""
+    pages = batch.k_pages
+    pool = Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, HEAD_DIM), pages.view(torch.float32).view(-1, 64))
+    out = torch.full((plan.num_rows, params.top_k), -9, dtype=torch.int32)
+    job = Work(batch.q, batch.weights, pool, batch.page_table, plan, params, slots, aligned(torch_top_k), out)
+    kept: list[Lists] = []
+    scan = group_rerank._scan
+    with mock.patch.object(group_rerank, "_scan", lambda *args: kept.append(scan(*args)) or kept[0]):
+        group_rerank.group_rerank(job)
+    return out, kept[0]
+
+
+def aligned(top_k: Callable[..., None]) -> Callable[..., None]:
+    """top_k, after a look at what SGLang's kernel wants of its input."""
+
+    def checked(scores: torch.Tensor, lengths: torch.Tensor, *others: object) -> None:
+        assert scores.stride(1) == 1 and scores.stride(0) % 4 == 0 and lengths.dtype == torch.int32
+        assert lengths.is_contiguous() and int(lengths.min()) >= 0 and int(lengths.max()) <= scores.shape[1]
+        top_k(scores, lengths, *others)
+
+    return checked
+
+
+def check_candidates(batch: Batch, plan: RowPlan, params: IndexerParams, chosen: Lists) -> None:
+    """The scan kept the reference's tokens of each group, and beside them only such as score next best."""
+    rows, _ = plan.groups(params.group)
+    first = rows[:, 0].long()
+    proxies = group_proxies(batch.q, batch.weights, rows)
+    for g, (request, length) in enumerate(zip(plan.row_request[first].tolist(), plan.row_lengths[first].tolist())):
+        start = (length - 1) // params.group * params.group
+        one, reach = slice(g, g + 1), max(start + 1, 0)
+        tensors = (proxies.q[one], proxies.weights[one], batch.k[request][:reach], batch.k_scale[request][:reach])
+        at, scores = torch.tensor([start]), token_scores(*tensors)
+        want = group_candidates(scores, at, at + 1, params)[0]
+        listed = chosen.positions[g, : int(chosen.counts[g])].long()
+        assert (listed.diff() > 0).all()
+        more = torch.zeros_like(want)
+        more[listed] = True
+        assert (more | ~want).all(), (g, length)
+        assert (
+            len(listed) == reach or scores[0][more].min() >= scores[0][~more].max() or forced_only(more, want, params)
+        )
+
+
+def forced_only(more: torch.Tensor, want: torch.Tensor, params: IndexerParams) -> bool:
+    """Whether what is listed beyond the best scores is what must be listed."""
+    reach = len(more)
+    searched = slice(PAGE_TOKENS, max(PAGE_TOKENS, reach - params.local_tokens))
+    return bool(more[:PAGE_TOKENS].all() and more[searched.stop :].all() and (more[searched] | ~want[searched]).all())
+
+
+def check_mode(batch: Batch, plan: RowPlan, params: IndexerParams) -> None:
+    lengths = plan.row_lengths.tolist()
+    got, chosen = run(batch, plan, params)
+    check_candidates(batch, plan, params, chosen)
+    assert_form(got, lengths, params.top_k)
+    want = select_rows("group_rerank", *batch.paged[:4], plan, params, backend="reference")
+    native = select_rows("native", *batch.paged[:4], plan, params, backend="reference")
+    assert_nothing_lost(got, want, native, 0.002)
+    table = batch.page_table[plan.row_request.long()]
+    slots = run(batch, plan, params, slots=True)[0]
+    assert torch.equal(slots.sort(1).values, positions_to_slots(got, table).sort(1).values)
+
+
+def main() -> None:
+    token_select_kernel.BLOCK = 512  # several blocks a row on short rows
+    group_rerank.paged_logits, group_rerank.group_scores = float_logits, float_scores
+    compared = 0
+    for lengths, rows in SHAPES:
+        for num_heads, group, scratch in ((64, 4, "whole"), (64, 2, "sliced"), (64, 4, "sliced"), (32, 2, "whole")):
+            work.SCRATCH_BYTES = BYTES[scratch]
+            params = IndexerParams(top_k=64, candidates=384, local_tokens=40, group=group)
+            batch = make_batch(lengths, rows, num_heads=num_heads, seed=5)
+            check_pick(batch, group)
+            check_mode(batch, batch.plan, params)
+            compared += batch.plan.num_rows
+    # Decode: one row a request, some without a token; and rows in no order, some of them without a token or repeated.
+    batch = make_batch([705, 131, 1, 387, 384], 1, num_heads=64, seed=6)
+    for seen in ([705, 131, 1, 387, 384], [704, 0, 1, 64, 384]):
+        seen = torch.tensor(seen, dtype=torch.int32)
+        check_mode(batch, plan_decode(seen, batch.page_table.shape[1]), PARAMS)
+        compared += len(seen)
+    batch = make_batch([705, 450], [12, 6], num_heads=64, seed=7)
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(8))
+    seen = torch.tensor(batch.lengths)[order]
+    seen[[1, 5, 6]] = torch.tensor([0, 0, 700])
+    check_mode(batch, plan_rows(torch.tensor(batch.row_request)[order], seen, 2), PARAMS)
+    print(f"{compared + 18} rows compared")
+
+
+if __name__ == "__main__":
+    main()
