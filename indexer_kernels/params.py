@@ -4,15 +4,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 MODES = ("native", "misa", "misa_rerank", "hisa", "group_rerank")
-CandidateUnit = Literal["auto", "token", "page"]
+CandidateUnit = Literal["token", "page"]
 RouteStatistic = Literal["sum", "max"]
 CHOICES: dict[str, Any] = {"candidate_unit": CandidateUnit, "route_statistic": RouteStatistic}
 
 
 @dataclass(frozen=True, slots=True)
 class IndexerParams:
-    """Budgets of the selection. Sizes are in tokens unless they say otherwise; the defaults are the papers' for 128K
-    contexts.
+    """Budgets of the selection. Sizes are in tokens unless they say otherwise. The defaults are measured
+    (docs/quality.md); the papers route by sums over blocks of 1024.
 
     top_k           tokens selected per row
     active_heads    misa, misa_rerank: heads that score every token (MISA, arXiv 2605.07363)
@@ -26,8 +26,8 @@ class IndexerParams:
     group           group_rerank: consecutive rows that share one scan (PIVOT, arXiv 2607.24593)
     local_tokens    re-ranking modes: the last tokens that a row (group_rerank: its group's first row) sees are always
     candidates
-    candidate_unit  misa_rerank: "token" keeps the best tokens; "page" keeps whole 64-token pages, a page as good as
-    its best token; "auto": token in the reference backend, page in the gpu backend
+    candidate_unit  misa_rerank: "token" keeps the best tokens (the gpu backend keeps 10 to 30 % more than `candidates`,
+    see gpu/token_modes.py); "page" keeps whole 64-token pages, a page as good as its best token
 
     Raises ValueError naming the field, its value and what is allowed. A combination that could leave a row with fewer
     than min(its length, top_k) tokens is refused.
@@ -35,14 +35,14 @@ class IndexerParams:
 
     top_k: int = 2048
     active_heads: int = 8
-    route_block: int = 1024
-    route_statistic: RouteStatistic = "sum"
-    candidates: int = 8192
+    route_block: int = 128
+    route_statistic: RouteStatistic = "max"
+    candidates: int = 10240
     block_size: int = 128
     top_blocks: int = 64
     group: int = 4
     local_tokens: int = 128
-    candidate_unit: CandidateUnit = "auto"
+    candidate_unit: CandidateUnit = "token"
 
     def __post_init__(self) -> None:
         for field in fields(self):

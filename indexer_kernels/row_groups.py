@@ -1,5 +1,6 @@
-"""group_rerank: which rows share one scan, and the proxy query they share. The reference and the gpu backend call the
-same functions, so both rank by the same numbers.
+"""group_rerank: which rows share one scan, and the proxy query they share.
+
+The gpu backend has the proxies from a kernel of its own, bitwise these, so both rank by the same numbers.
 """
 
 from typing import NamedTuple

@@ -28,7 +28,7 @@ from selection_sets import selected_sets, shares
 from server_process import Server, launch
 from tiny_model import write_model
 
-MODES = ("native", "misa", "misa_rerank", "hisa")
+MODES = ("native", "misa", "misa_rerank", "hisa", "group_rerank")
 WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
@@ -138,7 +138,7 @@ def check_sets(server: Server, check: Check, layers: int) -> None:
     for num_tokens in SET_PROMPTS:
         within = num_tokens <= 8192
         want = None
-        for name in ("native", "native again", "misa", "misa_rerank", "hisa"):
+        for name in ("native", "native again", *MODES[1:]):
             mode = name.split()[0]
             server.switch_prefill(mode)
             server.flush()

@@ -46,7 +46,7 @@ def niah_jobs(
             cell=f"{length}/{depth:g}",
             size=length,
             new_tokens=NEW_TOKENS[task],
-            make=functools.partial(make_prompt, count, task, length, depth, seed + number, essay),
+            make=functools.cache(functools.partial(make_prompt, count, task, length, depth, seed + number, essay)),
         )
         for length in lengths
         for depth in depths

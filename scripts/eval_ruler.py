@@ -58,7 +58,10 @@ def ruler_jobs(
             cell=f"{task}/{length}",
             size=length,
             new_tokens=NEW_TOKENS[task],
-            make=functools.partial(make_prompt, count, task, length, seed + number, essay, files.get(task)),
+            # Once for all modes: making a long prompt takes longer than answering it.
+            make=functools.cache(
+                functools.partial(make_prompt, count, task, length, seed + number, essay, files.get(task))
+            ),
         )
         for length in lengths
         for task in tasks

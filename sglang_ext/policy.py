@@ -105,8 +105,7 @@ def always_native(settings: Settings) -> dict[str, str]:
 
 def token_candidates(settings: Settings) -> bool:
     """Whether misa_rerank would keep single tokens: what `auto` asks of it before it trusts it with answers."""
-    by_default = settings.candidate_unit == "auto" and settings.backend == "reference"
-    return settings.candidate_unit == "token" or by_default
+    return settings.candidate_unit == "token"
 
 
 def mode_to_try(phase: str, settings: Settings) -> str:

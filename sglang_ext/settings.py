@@ -45,7 +45,7 @@ class Settings:
     candidate_unit: str = _setting(DEFAULTS.candidate_unit, "misa_rerank: candidates as `token`s or whole `page`s")
     block_size: int = _setting(DEFAULTS.block_size, "hisa: tokens per block")
     top_blocks: int = _setting(DEFAULTS.top_blocks, "hisa: blocks whose tokens all heads score")
-    group: int = _setting(DEFAULTS.group, "group_rerank: consecutive rows that share one scan")
+    group: int = _setting(DEFAULTS.group, "group_rerank: consecutive rows that share one scan (2 or 4)")
     local_tokens: int = _setting(DEFAULTS.local_tokens, "re-ranking modes: last tokens that are always candidates")
     native_layers: tuple[int, ...] = _setting((), "layers that keep SGLang's own indexer, as in `0-2,60`")
     native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")

@@ -11,8 +11,8 @@ import triton.language as tl
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
 from indexer_kernels.gpu.sample_kernel import Thresholds
 
-WORDS = {False: 2048, True: 512}  # words of 8 tokens per step, from bits and from scores
-NUM_WARPS = 8
+WORDS = {False: 512, True: 512}  # words of 8 tokens per step, from bits and from scores
+NUM_WARPS = 4
 DYNAMIC = [
     "source",
     "stride",

@@ -8,6 +8,7 @@ from indexer_kernels.gpu import (
     block_means_kernel,
     block_score_kernel,
     candidate_list_kernel,
+    group_proxy_kernel,
     group_rerank_kernel,
     head_route_kernel,
     page_select_kernel,
@@ -75,6 +76,7 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
             f"group token_select {name}": functools.partial(token_select_kernel.compile_for, budget, *forced, output),
         }
     for rows in sorted({1, group}):
+        builders[f"group_proxies {rows}"] = functools.partial(group_proxy_kernel.compile_for, rows)
         builders[f"token_scores {rows} H={num_heads}"] = functools.partial(token_scores_kernel.build, num_heads, rows)
         for slots in (False, True):
             name = f"group_pick {rows} {'slot' if slots else 'position'}"

@@ -5,14 +5,12 @@ import torch
 from indexer_kernels.gpu import token_scores_kernel
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
+from indexer_kernels.gpu.group_proxy_kernel import group_proxies
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
 from indexer_kernels.gpu.sample_kernel import list_width, sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.gpu.token_select_kernel import token_select
 from indexer_kernels.gpu.work import Work, pages_of, slices, table_pages
-from indexer_kernels.row_groups import group_proxies
-
-PROXY_BYTES = 16  # scratch of group_proxies per query element of a group: a few float32 copies
 
 
 def group_rerank(work: Work) -> None:
@@ -45,7 +43,7 @@ def _scan(work: Work, rows: torch.Tensor, request: torch.Tensor, scanned: torch.
     columns = list_width(budget, work.plan.max_length, token_scores_kernel.TILE)
     chosen = empty_lists(num_groups, columns, not work.slots, rows.device)
     group = torch.arange(num_groups, dtype=torch.int32, device=rows.device)
-    each = width * PAGE_TOKENS * 4 + work.q.shape[1] * HEAD_DIM * PROXY_BYTES
+    each = width * PAGE_TOKENS * 4 + work.q.shape[1] * (HEAD_DIM + 4)
     for part in slices(num_groups, each):
         proxies = group_proxies(work.q, work.weights, rows[part])
         # A group whose tokens fit the budget keeps them all: nothing to scan, but DeepGEMM wants a token.

@@ -27,8 +27,6 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
     if mode in ("misa", "misa_rerank"):
         if params.active_heads not in (4, 8, 16):
             return f"active_heads={params.active_heads}, kernels are built for 4, 8 and 16"
-        if params.route_statistic != "sum":
-            return f"the kernel of route_statistic={params.route_statistic!r} has not run on a GPU yet, use 'sum'"
         if params.route_block % PAGE_TOKENS:
             return f"route_block={params.route_block} is not a multiple of {PAGE_TOKENS}"
         if params.route_block > params.top_k:
@@ -41,21 +39,21 @@ def mode_refusal(mode: str, params: IndexerParams) -> str | None:
 
 
 def _candidates_refusal(params: IndexerParams) -> str | None:
-    if params.candidate_unit == "token":
-        if PAGE_TOKENS + params.local_tokens >= params.candidates:
-            return f"candidates={params.candidates} leaves no token beside the forced ones"
-        return "the kernels of candidate_unit='token' have not run on a GPU yet, use 'page' or 'auto'"
-    if params.page_candidates_floor() < params.top_k:
-        return f"candidates={params.candidates} as whole pages may hold fewer than top_k={params.top_k} tokens"
-    forced = 1 + _covering(params.local_tokens, PAGE_TOKENS)
-    if forced >= params.candidates // PAGE_TOKENS:
-        return f"candidates={params.candidates} leaves no page beside the {forced} forced ones"
-    return None
+    if params.candidate_unit == "page":
+        forced = 1 + _covering(params.local_tokens, PAGE_TOKENS)
+        if forced >= params.candidates // PAGE_TOKENS:
+            return f"candidates={params.candidates} leaves no page beside the {forced} forced ones"
+        return None
+    return _token_budget_refusal(params)
 
 
 def _groups_refusal(params: IndexerParams) -> str | None:
     if params.group not in GROUPS:
         return f"group={params.group}, kernels are built for {GROUPS}"
+    return _token_budget_refusal(params)
+
+
+def _token_budget_refusal(params: IndexerParams) -> str | None:
     if PAGE_TOKENS + params.local_tokens >= params.candidates:
         return f"candidates={params.candidates} leaves no token beside the forced ones"
     return None

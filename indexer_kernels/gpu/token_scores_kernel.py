@@ -1,21 +1,35 @@
 """TileLang body that scores a list of candidate tokens for the row, or the rows of a group, that share the list.
 
 One CTA scores a stretch of one list. The candidates lie scattered over the cache: their keys are gathered by address,
-128 bytes each, two tiles ahead of the product with the heads of all rows.
+128 bytes each, ahead of the product with the heads of all rows.
 """
 
 import functools
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
 
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET
 
-TILE = 128  # candidates of one product
-STRETCH = 1024  # candidates of one CTA
-THREADS = 256
-STAGES = 3
+TILE = 128  # a list is a whole number of these wide
 COLUMNS = 16  # the least columns of a product
+
+
+class Shape(NamedTuple):
+    """Candidates of one product, candidates of one CTA, threads, stages of the ring of tiles."""
+
+    tile: int
+    stretch: int
+    threads: int
+    stages: int
+
+
+def shape_of(list_rows: int) -> Shape:
+    """The fastest of nine that were measured on an H200 (docs/performance.md): with one row a list is bound by its
+    gathering and wants many CTAs on an SM, with several rows by the products.
+    """
+    return Shape(128, 2048, 256, 2) if list_rows == 1 else Shape(64, 2048, 128, 4)
 
 
 def token_scores_prim_func(num_heads: int, list_rows: int):
@@ -25,10 +39,10 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
     Candidate i is slots[list, i] for i < counts[list], and the token at position behind[list] + i of page-table row
     request[list] from there on. Where rows is -1 and past columns[list], out holds anything.
     """
-    heads = list_rows * num_heads
+    heads, (tile, stretch_tokens, threads, stages) = list_rows * num_heads, shape_of(list_rows)
     columns_of_product = max(COLUMNS, heads)
     num_rows, pool_pages = T.dynamic("num_rows"), T.dynamic("pool_pages")
-    lists, stretches, out_stretches = T.dynamic("lists"), T.dynamic("stretches"), T.dynamic("out_stretches")
+    lists, list_tiles, out_tiles = T.dynamic("lists"), T.dynamic("list_tiles"), T.dynamic("out_tiles")
     num_requests, table_width = T.dynamic("num_requests"), T.dynamic("table_width")
 
     @T.prim_func
@@ -41,19 +55,19 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
         rows: T.Tensor((lists, list_rows), "int32"),
         request: T.Tensor((lists,), "int32"),
         behind: T.Tensor((lists,), "int32"),
-        slots: T.Tensor((lists, stretches * TILE), "int32"),
+        slots: T.Tensor((lists, list_tiles * tile), "int32"),
         counts: T.Tensor((lists,), "int32"),
         columns: T.Tensor((lists,), "int32"),
-        out: T.Tensor((lists * list_rows, out_stretches * TILE), "float32"),
+        out: T.Tensor((lists * list_rows, out_tiles * tile), "float32"),
     ):
-        with T.Kernel(T.ceildiv(out_stretches * TILE, STRETCH), lists, threads=THREADS) as (stretch, block):
+        with T.Kernel(T.ceildiv(out_tiles * tile, stretch_tokens), lists, threads=threads) as (stretch, block):
             q_shared = T.alloc_shared((columns_of_product, HEAD_DIM), FP8)
-            k_shared = T.alloc_shared((STAGES, TILE, HEAD_DIM), FP8)
-            key_row = T.alloc_shared((STRETCH,), "int32")
-            key_scale = T.alloc_shared((STRETCH,), "float32")
-            product = T.alloc_fragment((TILE, columns_of_product), "float32")
-            product3 = T.reshape(product, (TILE, list_rows, columns_of_product // list_rows))
-            score = T.alloc_fragment((TILE, list_rows), "float32")
+            k_shared = T.alloc_shared((stages, tile, HEAD_DIM), FP8)
+            key_row = T.alloc_shared((stretch_tokens,), "int32")
+            key_scale = T.alloc_shared((stretch_tokens,), "float32")
+            product = T.alloc_fragment((tile, columns_of_product), "float32")
+            product3 = T.reshape(product, (tile, list_rows, columns_of_product // list_rows))
+            score = T.alloc_fragment((tile, list_rows), "float32")
             gate = T.alloc_fragment((columns_of_product,), "float32")
             left, tiles, slot, at = (
                 T.alloc_var("int32"),
@@ -61,12 +75,12 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
                 T.alloc_var("int32"),
                 T.alloc_var("int32"),
             )
-            left = T.min(columns[block] - stretch * STRETCH, STRETCH)
+            left = T.min(columns[block] - stretch * stretch_tokens, stretch_tokens)
             if left > 0:
-                tiles = T.ceildiv(left, TILE)
-                for i in T.Parallel(STRETCH):
+                tiles = T.ceildiv(left, tile)
+                for i in T.Parallel(stretch_tokens):
                     # A list is anything past its end: read the last candidate again instead.
-                    at = stretch * STRETCH + T.min(i, left - 1)
+                    at = stretch * stretch_tokens + T.min(i, left - 1)
                     if at < counts[block]:
                         slot = slots[block, at]
                     else:
@@ -89,44 +103,44 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
                         0,
                     )
                 T.sync_threads()
-                for s in T.unroll(STAGES - 1):
+                for s in T.unroll(stages - 1):
                     if s < tiles:
                         for i, d in T.Parallel(
-                            TILE,
+                            tile,
                             HEAD_DIM,
                             prefer_async=True,
                             annotations={"parallel_async_without_async_commit_wait": True},
                         ):
-                            k_shared[s, i, d] = keys[key_row[s * TILE + i], d]
+                            k_shared[s, i, d] = keys[key_row[s * tile + i], d]
                     T.ptx_commit_group()
                 for t in T.serial(tiles):
                     # The tile is there when all threads have waited for their part of it; then every thread has also
                     # left the product before, whose stage is filled again.
-                    T.ptx_wait_group(STAGES - 2)
+                    T.ptx_wait_group(stages - 2)
                     T.sync_threads()
-                    if t + STAGES - 1 < tiles:
+                    if t + stages - 1 < tiles:
                         for i, d in T.Parallel(
-                            TILE,
+                            tile,
                             HEAD_DIM,
                             prefer_async=True,
                             annotations={"parallel_async_without_async_commit_wait": True},
                         ):
-                            k_shared[(t + STAGES - 1) % STAGES, i, d] = keys[key_row[(t + STAGES - 1) * TILE + i], d]
+                            k_shared[(t + stages - 1) % stages, i, d] = keys[key_row[(t + stages - 1) * tile + i], d]
                     T.ptx_commit_group()
                     T.gemm(
-                        k_shared[t % STAGES, :, :],
+                        k_shared[t % stages, :, :],
                         q_shared,
                         product,
                         transpose_B=True,
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for i, h in T.Parallel(TILE, columns_of_product):
+                    for i, h in T.Parallel(tile, columns_of_product):
                         product[i, h] = T.max(product[i, h], 0) * gate[h]
                     T.reduce_sum(product3, score, dim=2)
-                    for i, w in T.Parallel(TILE, list_rows):
-                        out[block * list_rows + w, stretch * STRETCH + t * TILE + i] = (
-                            score[i, w] * key_scale[t * TILE + i]
+                    for i, w in T.Parallel(tile, list_rows):
+                        out[block * list_rows + w, stretch * stretch_tokens + t * tile + i] = (
+                            score[i, w] * key_scale[t * tile + i]
                         )
 
     return token_scores.with_attr("global_symbol", f"token_scores_h{num_heads}_r{list_rows}")

@@ -1,6 +1,7 @@
 """Which backend serves a call, and what is said when it is not the one hoped for."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from indexer_kernels.params import IndexerParams
 from tests.support.inputs import make_batch
 from tests.support.small import SMALL
 
+PAGES = IndexerParams(candidate_unit="page")
 CUDA_Q = SimpleNamespace(device=torch.device("cuda", 0), shape=(4, 64, 128))
 
 
@@ -63,14 +65,21 @@ def test_missing_packages_are_named(monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "params", "reason"),
     [
-        ("misa", IndexerParams(route_statistic="max"), "route_statistic='max' has not run"),
-        ("misa_rerank", IndexerParams(route_statistic="max"), "route_statistic='max' has not run"),
-        ("misa_rerank", IndexerParams(candidate_unit="token"), "candidate_unit='token' have not run"),
-        ("misa_rerank", IndexerParams(candidate_unit="token", candidates=8200), "8200 is not a multiple of 128"),
-        ("misa_rerank", IndexerParams(candidate_unit="token", local_tokens=8192), "leaves no token"),
+        ("misa", IndexerParams(route_statistic="max", route_block=64), None),
+        ("misa", IndexerParams(local_tokens=8192), None),  # it forces nothing
+        ("misa_rerank", IndexerParams(route_statistic="max", route_block=64), None),
+        ("misa_rerank", IndexerParams(candidates=8200), None),
+        ("misa_rerank", IndexerParams(local_tokens=10175), None),
+        ("misa_rerank", IndexerParams(local_tokens=10176), "candidates=10240 leaves no token beside the forced ones"),
+        ("misa_rerank", IndexerParams(active_heads=5), "active_heads=5, kernels are built for 4, 8 and 16"),
+        ("misa_rerank", IndexerParams(route_block=96), "route_block=96 is not a multiple of 64"),
+        ("misa_rerank", PAGES, None),
+        ("misa_rerank", replace(PAGES, local_tokens=10049), None),
+        ("misa_rerank", replace(PAGES, local_tokens=10050), "leaves no page beside the 160 forced ones"),
+        ("group_rerank", IndexerParams(group=2), None),
         ("group_rerank", IndexerParams(group=3), "group=3, kernels are built for (2, 4)"),
-        ("group_rerank", IndexerParams(candidates=8200), "8200 is not a multiple of 64"),
-        ("group_rerank", IndexerParams(local_tokens=8192), "leaves no token"),
+        ("group_rerank", IndexerParams(candidates=8200), None),
+        ("group_rerank", IndexerParams(local_tokens=10176), "candidates=10240 leaves no token beside the forced ones"),
         ("group_rerank", IndexerParams(), None),
         ("misa", IndexerParams(active_heads=5), "active_heads=5, kernels are built for 4, 8 and 16"),
         ("hisa", IndexerParams(route_statistic="max"), None),

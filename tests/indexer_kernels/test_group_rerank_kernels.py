@@ -14,6 +14,8 @@ from indexer_kernels.gpu import group_rerank_kernel
 from indexer_kernels.gpu.compile_check import kernel_builders
 from tests.support.sm90a import opcodes_of
 
+OUTPUTS = ("position", "slot")
+
 
 def test_the_mode_agrees_with_the_reference():
     command = [sys.executable, "-m", "tests.support.interpreted_group_rerank"]
@@ -33,15 +35,17 @@ def opcodes(compiled, folder):
 
 @pytest.mark.parametrize("slots", [False, True])
 def test_pick_does_not_spill(slots, tmp_path):
-    assert opcodes(group_rerank_kernel.compile_pick_for(4, 8192, slots), tmp_path) == {}
+    assert opcodes(group_rerank_kernel.compile_pick_for(4, slots), tmp_path) == {}
 
 
 def test_both_phases_are_compiled_ahead():
     """Groups in prefill, single rows in decode."""
     assert set(kernel_builders(IndexerParams(group=2), 32, ("group_rerank",))) == {
-        "group_candidates",
+        "group sample_threshold",
+        *(f"group {kernel} {output}" for kernel in ("candidate_list", "token_select") for output in OUTPUTS),
+        *(f"group_proxies {rows}" for rows in (1, 2)),
         *(f"token_scores {rows} H=32" for rows in (1, 2)),
-        *(f"group_pick {rows} {output}" for rows in (1, 2) for output in ("position", "slot")),
+        *(f"group_pick {rows} {output}" for rows in (1, 2) for output in OUTPUTS),
     }
 
 

@@ -19,7 +19,8 @@ from indexer_kernels.gpu import (
     token_scores_kernel,
     token_select_kernel,
 )
-from indexer_kernels.gpu.compile_check import H200_SMS, compile_all
+from indexer_kernels.gpu.compile_check import H200_SMS, compile_all, kernel_builders
+from indexer_kernels.params import IndexerParams
 from tests.support.sm90a import compile_sm90a, opcodes_of
 
 # name: (prim_func, matrix instructions it must keep: one per 32 bytes of head dim in fp8, per 16 elements in bf16)
@@ -125,7 +126,7 @@ def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, 
     assert sum(opcodes.values()) > 100
     assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills to local memory"
     found = sum(count for opcode, count in opcodes.items() if "GMMA" in opcode)
-    assert found == (8 if products else 0)
+    assert found == (4 if products else 0), "64 keys a warpgroup, one instruction per 32 bytes of head dim"
     assert found == sum(count for opcode, count in opcodes.items() if opcode.startswith(products or "no product"))
 
 
@@ -150,6 +151,28 @@ def test_runtime_arguments_do_not_specialise(kernel, dynamic):
     assert all(param.do_not_specialize and param.do_not_specialize_on_alignment for param in runtime)
 
 
+ROUTING = {"block_means 128", "head_route H=64", "routed_pack H=64"}
+SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
+STEPS = ("sample_threshold", "candidate_list", "rescan_choice", "token_scores")
+
+
+@pytest.mark.parametrize(
+    ("mode", "unit", "names"),
+    [
+        ("misa", "token", SCANS | {f"misa {step}" for step in STEPS}),
+        ("misa_rerank", "token", SCANS | {f"misa_rerank {step}" for step in STEPS}),
+        (
+            "misa_rerank",
+            "page",
+            {"routed_scores maxima"} | {f"page_select {capacity}" for capacity in page_select_kernel.CAPACITIES},
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_routed_mode_compiles(mode, unit, names):
+    assert set(kernel_builders(IndexerParams(candidate_unit=unit), 64, (mode,))) == ROUTING | names
+
+
 def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     def broken(*_args):
         raise RuntimeError("first line\nlast line")
@@ -166,6 +189,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
     assert {"misa token_scores", "misa_rerank candidate_list", "group token_select slot"} <= set(outcome)
+    assert not [name for name in outcome if name.startswith("page_select")], "the default candidates are tokens"
     assert {name for name in outcome if name.startswith("block_select")} == {
         f"block_select {capacity}"
         for capacity in (2048, 4096)  # of 8192 pages, two to a block

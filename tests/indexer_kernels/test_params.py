@@ -14,14 +14,14 @@ def test_defaults_are_the_designs():
     assert dataclasses.asdict(IndexerParams()) == {
         "top_k": 2048,
         "active_heads": 8,
-        "route_block": 1024,
-        "route_statistic": "sum",
-        "candidates": 8192,
+        "route_block": 128,
+        "route_statistic": "max",
+        "candidates": 10240,
         "block_size": 128,
         "top_blocks": 64,
         "group": 4,
         "local_tokens": 128,
-        "candidate_unit": "auto",
+        "candidate_unit": "token",
     }
     assert MODES == ("native", "misa", "misa_rerank", "hisa", "group_rerank")
 
@@ -45,9 +45,9 @@ def test_sizes_of_a_wrong_type(field, value):
         IndexerParams(**{field: value})
 
 
-@pytest.mark.parametrize("value", ["pages", "", None, 64], ids=repr)
+@pytest.mark.parametrize("value", ["pages", "auto", "", None, 64], ids=repr)
 def test_unknown_candidate_unit(value):
-    with pytest.raises(ValueError, match="candidate_unit=.* must be one of .*auto.*token.*page"):
+    with pytest.raises(ValueError, match="candidate_unit=.* must be one of [(]'token', 'page'[)]"):
         IndexerParams(candidate_unit=value)
 
 
@@ -57,7 +57,7 @@ def test_unknown_route_statistic():
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"top_k": 8193}, "candidates=8192 must be at least top_k=8193"),
+    ({"top_k": 10241}, "candidates=10240 must be at least top_k=10241"),
     ({"candidates": 2047}, "candidates=2047 must be at least top_k=2048"),
     ({"top_blocks": 16}, "top_blocks=16 of block_size=128 .* 1921 tokens.*top_k=2048"),
     ({"block_size": 32}, "top_blocks=64 of block_size=32 .* 2017 tokens.*top_k=2048"),

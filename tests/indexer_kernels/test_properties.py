@@ -14,7 +14,7 @@ from tests.support.small import brute_force_batch
 def all_params(draw):
     top_k = draw(st.integers(1, 96))
     block_size = draw(st.sampled_from([1, 16, 32, 64, 128]))
-    unit = draw(st.sampled_from(["auto", "token", "page"]))
+    unit = draw(st.sampled_from(["token", "page"]))
     candidates = top_k + draw(st.integers(0, 250))
     return IndexerParams(
         top_k=top_k,

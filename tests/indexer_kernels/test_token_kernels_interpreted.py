@@ -1,4 +1,4 @@
-"""The kernels of token candidates, run on this CPU by Triton's interpreter and compared with the references."""
+"""The Triton kernels of misa and misa_rerank, run on this CPU by Triton's interpreter, against the references."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("triton", reason="the gpu extra is not installed")
 
 
-def test_token_kernels_agree_with_the_references():
-    command = [sys.executable, "-m", "tests.support.interpreted_kernels"]
+@pytest.mark.parametrize(("program", "rows"), [("interpreted_kernels", 40), ("interpreted_token_modes", 82)])
+def test_agrees_with_the_references(program, rows):
+    command = [sys.executable, "-m", f"tests.support.{program}"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "40 rows compared"
+    assert done.stdout.splitlines()[-1] == f"{rows} rows compared"

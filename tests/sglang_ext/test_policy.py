@@ -29,29 +29,31 @@ def decode(unsupported: str | None = None) -> BatchView:
     return BatchView("decode", 4, None, 1 << 17, unsupported)
 
 
-TOKENS = Settings(candidate_unit="token")
+PAGES = Settings(candidate_unit="page")
 TABLE = [
-    # auto prefill with pages as candidates, which is what the gpu backend keeps by itself
-    (Settings(), prefill(LONG), Decision("native", "page_candidates")),
-    (Settings(candidate_unit="page", backend="reference"), prefill(LONG), Decision("native", "page_candidates")),
-    (Settings(), prefill(LONG, unsupported="hisparse"), Decision("native", "page_candidates")),
-    (Settings(backend="reference"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    # auto prefill with pages as candidates
+    (PAGES, prefill(LONG), Decision("native", "page_candidates")),
+    (replace(PAGES, backend="reference"), prefill(LONG), Decision("native", "page_candidates")),
+    (PAGES, prefill(LONG, unsupported="hisparse"), Decision("native", "page_candidates")),
     # auto prefill: the longest request decides, its length counts from the threshold on
-    (TOKENS, prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
-    (TOKENS, prefill(LONG - 1), Decision("native", "below_break_even")),
-    (TOKENS, prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
-    (TOKENS, prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
-    (Settings(candidate_unit="token", prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(candidate_unit="token", prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
-    (replace(TOKENS, mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(backend="reference"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(LONG - 1), Decision("native", "below_break_even")),
+    (Settings(), prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
+    (Settings(prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
+    (Settings(mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
     # no lengths known, or none at all: the bound decides
-    (TOKENS, BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
-    (TOKENS, BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
-    (TOKENS, prefill(), Decision("native", "below_break_even")),
+    (Settings(), BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
+    (Settings(), prefill(), Decision("native", "below_break_even")),
     # auto decode
     (Settings(), decode(), Decision("native", "auto_decode_native")),
+    (PAGES, decode(), Decision("native", "auto_decode_native")),
     (Settings(mode="hisa", decode_mode="auto"), decode(), Decision("native", "auto_decode_native")),
-    # a mode set explicitly runs at any length
+    # a mode set explicitly runs at any length, whatever its candidates are
+    (replace(PAGES, mode="misa_rerank"), prefill(LONG), Decision("misa_rerank", "configured")),
     *[(Settings(mode=mode), prefill(1), Decision(mode, "configured")) for mode in MODES if mode != "native"],
     *[(Settings(mode=mode), decode(), Decision(mode, "configured")) for mode in MODES if mode != "native"],
     (Settings(decode_mode="hisa"), decode(), Decision("hisa", "configured")),
@@ -67,8 +69,8 @@ TABLE = [
     # unsupported beats every mode asked for, whatever the length
     *[(Settings(mode="hisa"), prefill(9, unsupported=reason), Decision("native", reason)) for reason in UNSUPPORTED],
     *[(Settings(mode="hisa"), decode(reason), Decision("native", reason)) for reason in UNSUPPORTED],
-    (TOKENS, prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
-    (TOKENS, prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
+    (Settings(), prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
+    (Settings(), prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
 ]
 
 
@@ -88,10 +90,11 @@ def test_the_reasons_are_told_apart():
     assert all(UNSUPPORTED.values())
 
 
+@pytest.mark.parametrize("unit", ["token", "page"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("mode", SERVE_MODES)
-def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode):
-    settings = Settings(**{f"{phase}_mode": mode})
+def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode, unit):
+    settings = Settings(**{f"{phase}_mode": mode}, candidate_unit=unit)
     longest = BatchView(phase, 1, (1 << 20,) if phase == "prefill" else None, 1 << 20)
     outcome = choose(longest, settings).mode
     assert asks(phase, settings) == (outcome != "native")

@@ -66,9 +66,7 @@ def test_runtime_switch_comes_from_the_environment_only():
     assert stage.settings.runtime_switch
 
 
-@pytest.mark.parametrize(
-    "asked", [{"candidate_unit": "token"}, {"mode": "hisa"}, {"prefill_mode": "native", "decode_mode": "misa"}]
-)
+@pytest.mark.parametrize("asked", [{}, {"mode": "hisa"}, {"prefill_mode": "native", "decode_mode": "misa"}])
 def test_refuse_model(asked, caplog):
     stage = Stage(Settings(**asked), {})
     stage.refuse_model("kpool")
@@ -79,9 +77,10 @@ def test_refuse_model(asked, caplog):
 
 
 def test_refuse_model_that_nothing_is_asked_of():
-    stage = Stage(Settings(mode="native", strict=True), {})
-    stage.refuse_model("kpool")
-    assert stage.status()["refused"] == []
+    for asked in ({"mode": "native"}, {"candidate_unit": "page"}):
+        stage = Stage(Settings(**asked, strict=True), {})
+        stage.refuse_model("kpool")
+        assert stage.status()["refused"] == []
 
 
 def test_top_k_is_the_largest_of_the_models():
@@ -126,16 +125,26 @@ def test_start_compiles_before_the_first_request(gpu):
 
 
 def test_start_asks_for_what_auto_would_run(gpu):
-    tokens = {"sglang_ext": {"candidate_unit": "token"}}
-    start(Stage(Settings(candidate_unit="token"), {}), tokens, device=gpu.device)
+    start(Stage(Settings(), {}), {}, device=gpu.device)
     assert [mode for mode, _, _ in gpu.asked] == [policy.AUTO_PREFILL]
+    assert gpu.compiled == [(2048, 64, policy.AUTO_PREFILL)]
+
+
+def test_start_asks_for_nothing_where_auto_stays_native(gpu):
+    own = {"candidate_unit": "page"}
+    start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
+    assert gpu.asked == [] and gpu.compiled == []
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, ["prefill mode auto is SGLang's own indexer with these settings: page_candidates", "auto_decode_native"]),
-        ({"candidate_unit": "token", "decode_mode": "native"}, []),
+        ({}, ["decode mode auto is SGLang's own indexer with these settings: auto_decode_native"]),
+        (
+            {"candidate_unit": "page"},
+            ["prefill mode auto is SGLang's own indexer with these settings: page_candidates", "auto_decode_native"],
+        ),
+        ({"decode_mode": "native"}, []),
         ({"prefill_mode": "misa_rerank"}, ["decode mode auto is SGLang's own indexer"]),
         ({"mode": "native"}, []),
     ],

@@ -1,7 +1,8 @@
 """Runs group_rerank of the gpu backend in Triton's interpreter, on a CPU, against the references.
 
-A program of its own, like `interpreted_kernels`; the two steps that are neither Triton nor torch, DeepGEMM's logits
-and TileLang's scores of a list, are computed by the reference.
+A program of its own, like `interpreted_kernels`. The steps that are neither Triton nor torch, DeepGEMM's logits and
+TileLang's scores of a list, are computed by the reference, and so are the proxies, for the interpreter does not round
+to fp8 as a GPU does.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_group_rerank
 
@@ -169,6 +170,7 @@ def check_mode(batch: Batch, plan: RowPlan, params: IndexerParams) -> None:
 def main() -> None:
     token_select_kernel.BLOCK = 512  # several blocks a row on short rows
     group_rerank.paged_logits, group_rerank.group_scores = float_logits, float_scores
+    group_rerank.group_proxies = group_proxies
     compared = 0
     for lengths, rows in SHAPES:
         for num_heads, group, scratch in ((64, 4, "whole"), (64, 2, "sliced"), (64, 4, "sliced"), (32, 2, "whole")):

@@ -33,7 +33,8 @@ def float_route(batch: Batch):
         for row, request in enumerate(batch.row_request):
             means = block_means(batch.k[request], batch.k_scale[request], job.params.route_block)
             blocks = job.plan.row_lengths[row : row + 1] // job.params.route_block
-            scores = routing_scores(job.q[row : row + 1], job.weights[row : row + 1], means, blocks)
+            tensors = (job.q[row : row + 1], job.weights[row : row + 1], means, blocks)
+            scores = routing_scores(*tensors, job.params.route_statistic)
             heads[row] = route_heads(scores, job.params.active_heads)[0].int()
         return Routed(heads, *packed_heads(batch, heads))
 

@@ -9,7 +9,7 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams, select_paged, select_ragged, select_rows
-from indexer_kernels.gpu import work
+from indexer_kernels.gpu import group_proxy_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.group_rerank import group_scores
@@ -49,7 +49,7 @@ def test_proxies_are_bitwise_those_of_the_cpu(group, shape):
     """The reference backend and this one rank by the same proxies, whatever device they run on."""
     batch = make_batch(*shape, num_heads=32, device="cuda", seed=41)
     rows = batch.plan.groups(group).rows
-    got = group_proxies(batch.q, batch.weights, rows)
+    got = group_proxy_kernel.group_proxies(batch.q, batch.weights, rows)
     want = group_proxies(batch.q.cpu(), batch.weights.cpu(), rows.cpu())
     for mine, theirs in zip(got, want):
         assert torch.equal(mine.view(torch.uint8).cpu(), theirs.view(torch.uint8))

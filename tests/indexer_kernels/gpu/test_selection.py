@@ -166,7 +166,7 @@ def test_refusals_name_the_reason():
     with pytest.raises(NotImplementedError, match="8 indexer heads"):
         select_rows("hisa", *batch.paged, SMALL, backend="gpu")
     batch = make_batch([300], [4], device="cuda")
-    with pytest.raises(NotImplementedError, match="candidate_unit"):
-        select_rows("misa_rerank", *batch.paged, IndexerParams(candidate_unit="token"), backend="gpu")
+    with pytest.raises(NotImplementedError, match="leaves no token"):
+        select_rows("misa_rerank", *batch.paged, IndexerParams(local_tokens=8128), backend="gpu")
     with pytest.raises(NotImplementedError, match="active_heads=5"):
         select_rows("misa", *batch.paged, IndexerParams(active_heads=5), backend="gpu")

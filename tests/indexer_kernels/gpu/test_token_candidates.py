@@ -1,6 +1,4 @@
-"""Candidates as single tokens on a GPU. The backend refuses them until these tests have passed on one, so they call the
-pipeline itself.
-"""
+"""misa, and misa_rerank with single tokens as candidates, on a GPU: each kernel and the whole chain."""
 
 import dataclasses
 

@@ -186,7 +186,7 @@ def test_a_mode_that_no_row_can_measure(tmp_path, capsys):
 
 
 LENGTH = 131072
-PARAMS = IndexerParams()
+PARAMS = IndexerParams(route_block=1024, candidates=8192)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,12 @@ def test_shape_comes_from_the_model():
 @pytest.mark.parametrize(
     ("settings", "phase", "shown"),
     [
-        ({}, "prefill", "8K: native (page_candidates), 32K: native (page_candidates), 128K: native (page_candidates)"),
+        (
+            {},
+            "prefill",
+            "8K: native (below_break_even), 32K: native (below_break_even), 128K: misa_rerank (auto_selected)",
+        ),
+        ({"candidate_unit": "page"}, "prefill", "8K: native (page_candidates), 32K: native (page_candidates), 128K"),
         ({"mode": "misa_rerank"}, "prefill", "128K: misa_rerank (configured)"),
         ({}, "decode", "128K: native (auto_decode_native)"),
         ({"decode_mode": "hisa"}, "decode", "8K: hisa (configured)"),
