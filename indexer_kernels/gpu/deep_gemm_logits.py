@@ -1,9 +1,22 @@
-"""All-head scores of chosen pages with DeepGEMM, the same kernel SGLang's decode runs."""
+"""All-head scores of chosen pages with DeepGEMM, the same kernel SGLang's decode runs.
+
+DeepGEMM compiles its scheduler anew for every number of rows (in steps of 32), seconds each and in the middle of
+serving: chunks of a prompt have any length. So calls have at most MOST_ROWS rows and are padded to a power of two:
+seven variants in all, which DeepGEMM keeps on disk.
+"""
 
 import deep_gemm
 import torch
 
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
+
+MOST_ROWS = 2048
+LEAST_ROWS = 32
+
+
+def padded_rows(num_rows: int) -> int:
+    """The power of two, at least LEAST_ROWS, that num_rows rows are padded to."""
+    return max(LEAST_ROWS, 1 << max(0, num_rows - 1).bit_length())
 
 
 def paged_logits(
@@ -11,9 +24,17 @@ def paged_logits(
 ) -> torch.Tensor:
     """out[m, i] = scale[j] * sum_h weights[m, h] * relu(q[m, h] . key[j]), j the i-th token of row m's own page list.
 
-    q [M, H, 128] fp8, weights [M, H] f32, k_pages [P, 8448] uint8, page_table [M, W] int32, lengths [M] int32 >= 1.
-    Returns f32 [M, 64 W] (a view with a padded row stride); columns past lengths[m] hold anything.
+    q [M, H, 128] fp8, weights [M, H] f32, k_pages [P, 8448] uint8, page_table [M, W] int32, lengths [M] int32 >= 1, M
+    at most MOST_ROWS. Returns f32 [M, 64 W] (a view with a padded row stride); columns past lengths[m] hold anything.
     """
+    num_rows = q.shape[0]
+    padded = padded_rows(num_rows)
+    if padded != num_rows:
+        # The last row again, of which one token is scored. fp8 tensors cannot be indexed, their bytes can.
+        row = torch.arange(padded, device=q.device).clamp_max(num_rows - 1)
+        q = q.view(torch.uint8)[row].view(torch.float8_e4m3fn)
+        weights, page_table = weights[row], page_table[row]
+        lengths = torch.nn.functional.pad(lengths, (0, padded - num_rows), value=1)
     context = lengths[:, None]
     schedule = deep_gemm.get_paged_mqa_logits_metadata(context, PAGE_TOKENS, deep_gemm.get_num_sms())
     return deep_gemm.fp8_paged_mqa_logits(
@@ -25,4 +46,4 @@ def paged_logits(
         schedule,
         page_table.shape[1] * PAGE_TOKENS,
         clean_logits=False,
-    )
+    )[:num_rows]

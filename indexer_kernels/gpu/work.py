@@ -66,11 +66,15 @@ def table_pages(work: Work) -> int:
     return min(work.page_table.shape[1], -(-work.plan.max_length // PAGE_TOKENS))
 
 
-def slices(count: int, bytes_each: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit."""
+def slices(count: int, bytes_each: int, multiple: int = 1, most: int | None = None) -> Iterator[slice]:
+    """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit, and of at most
+    `most`.
+    """
     step = max(1, SCRATCH_BYTES // max(1, bytes_each))
     if step > multiple:
         step -= step % multiple
+    if most is not None:
+        step = min(step, most)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 

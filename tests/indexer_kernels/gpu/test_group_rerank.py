@@ -247,7 +247,7 @@ def test_decode_finds_what_native_finds():
     ("params", "reason"),
     [
         (IndexerParams(group=3), "group=3"),
-        (IndexerParams(local_tokens=8192), "leaves no token"),
+        (IndexerParams(local_tokens=10240), "leaves no token"),
     ],
     ids=str,
 )

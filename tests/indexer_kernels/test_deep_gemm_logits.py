@@ -1,0 +1,56 @@
+"""Rows are padded to few sizes before DeepGEMM sees them: it compiles a scheduler for every size."""
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
+
+from indexer_kernels.gpu import deep_gemm_logits
+from indexer_kernels.gpu.work import slices
+from indexer_kernels.page_layout import unpack_pages
+from indexer_kernels.reference.scores import token_scores
+from tests.support.inputs import make_batch
+
+
+def test_few_sizes_for_all_batches():
+    sizes = {deep_gemm_logits.padded_rows(rows) for rows in range(1, deep_gemm_logits.MOST_ROWS + 1)}
+    assert sizes == {32, 64, 128, 256, 512, 1024, 2048}
+    assert all(deep_gemm_logits.padded_rows(rows) >= rows for rows in range(1, deep_gemm_logits.MOST_ROWS + 1))
+
+
+def test_slices_keep_to_the_most_rows():
+    found = list(slices(5000, 1, most=2048))
+    assert found == [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 32, 33])
+def test_padding_changes_no_score(monkeypatch, num_rows):
+    """DeepGEMM is played by the reference: what it is handed is well-formed, and the caller's rows come back."""
+    batch = make_batch([200], [num_rows], seed=1)
+    calls = []
+
+    def fp8_paged_mqa_logits(q, pages, weights, context, table, schedule, width, clean_logits):
+        calls.append(q.shape[0])
+        assert q.shape[0] == weights.shape[0] == context.shape[0] == table.shape[0] == schedule
+        assert context.dtype == torch.int32 and int(context.min()) >= 1 and not clean_logits
+        scores = torch.full((q.shape[0], width), float("nan"))
+        for row, length in enumerate(context[:, 0].tolist()):
+            k, k_scale = unpack_pages(pages.view(torch.uint8).view(-1, 8448)[table[row].long()], length)
+            scores[row, :length] = token_scores(q[row], weights[row : row + 1], k, k_scale)[0]
+        return scores
+
+    fake = types.SimpleNamespace(
+        get_num_sms=lambda: 132,
+        get_paged_mqa_logits_metadata=lambda context, page, sms: context.shape[0],
+        fp8_paged_mqa_logits=fp8_paged_mqa_logits,
+    )
+    monkeypatch.setattr(deep_gemm_logits, "deep_gemm", fake)
+    lengths = batch.plan.row_lengths
+    table = batch.page_table[batch.plan.row_request.long(), :4]
+    got = deep_gemm_logits.paged_logits(batch.q, batch.weights, batch.k_pages, table, lengths)
+    assert calls == [max(32, 1 << (num_rows - 1).bit_length())] and got.shape == (num_rows, 256)
+    want = token_scores(batch.q, batch.weights, batch.k[0], batch.k_scale[0])
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(got[row, :length], want[row, :length])
