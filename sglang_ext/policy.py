@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from sglang_ext.break_even import min_tokens
 from sglang_ext.settings import Settings
 
 AUTO_PREFILL = "misa_rerank"
@@ -11,6 +12,7 @@ CONFIGURED = "configured"
 AUTO_SELECTED = "auto_selected"
 CONFIGURED_NATIVE = "configured_native"
 BELOW_BREAK_EVEN = "below_break_even"
+FEW_ROWS = "few_rows"  # `auto` prefill: launches cost more than so few rows save
 AUTO_DECODE_NATIVE = "auto_decode_native"
 PAGE_CANDIDATES = "page_candidates"  # `auto` prefill: whole pages lose too many of native's tokens (docs/quality.md)
 NATIVE_LAYER = "native_layer"
@@ -21,6 +23,7 @@ BY_CHOICE = frozenset(
         AUTO_SELECTED,
         CONFIGURED_NATIVE,
         BELOW_BREAK_EVEN,
+        FEW_ROWS,
         AUTO_DECODE_NATIVE,
         PAGE_CANDIDATES,
         NATIVE_LAYER,
@@ -46,13 +49,16 @@ UNSUPPORTED = {
 
 
 class BatchView(NamedTuple):
-    """What the policy may know of a forward. lengths: tokens of each request, None where only the GPU knows them."""
+    """What the policy may know of a forward. lengths: tokens of each request, None where only the GPU knows them;
+    heads: of the indexer, 0 where they are not known.
+    """
 
     phase: str
     rows: int
     lengths: tuple[int, ...] | None
     max_length: int
     unsupported: str | None = None
+    heads: int = 0
 
 
 class Decision(NamedTuple):
@@ -66,9 +72,10 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
     """The mode of one forward.
 
     An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
-    misa_rerank once the longest request of the batch reaches settings.prefill_min_tokens, native below, and native
-    where candidates would be whole pages; `auto` decode is native. Requests of one batch need no separate decision: a
-    row whose context fits the candidate budget is scored as native scores it, by all heads and without a routed scan.
+    misa_rerank for at least settings.prefill_min_rows rows once the longest request of the batch reaches
+    settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages;
+    `auto` decode is native. Requests of one batch need no separate decision: a row whose context fits the candidate
+    budget is scored as native scores it, by all heads and without a routed scan.
     """
     wanted = settings.phase_mode(batch.phase)
     if wanted == "native":
@@ -81,8 +88,10 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
         return Decision("native", batch.unsupported)
     if wanted != "auto":
         return Decision(wanted, CONFIGURED)
-    if max(batch.lengths or (batch.max_length,)) < settings.prefill_min_tokens:
+    if max(batch.lengths or (batch.max_length,)) < (settings.prefill_min_tokens or min_tokens(batch.heads)):
         return Decision("native", BELOW_BREAK_EVEN)
+    if batch.rows < settings.prefill_min_rows:
+        return Decision("native", FEW_ROWS)
     return Decision(AUTO_PREFILL, AUTO_SELECTED)
 
 

@@ -49,7 +49,10 @@ class Settings:
     local_tokens: int = _setting(DEFAULTS.local_tokens, "re-ranking modes: last tokens that are always candidates")
     native_layers: tuple[int, ...] = _setting((), "layers that keep SGLang's own indexer, as in `0-2,60`")
     native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")
-    prefill_min_tokens: int = _setting(49152, "`auto` with token candidates: prefill of shorter contexts stays native")
+    prefill_min_tokens: int = _setting(
+        0, "`auto`: prefill of shorter contexts stays native; 0: the measured break-even, 65536 with 64 heads"
+    )
+    prefill_min_rows: int = _setting(2048, "`auto`: prefill of fewer rows stays native")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
     runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
     trace_dir: str | None = _setting(None, "folder for traces of what the indexers see; slow, for diagnosis")
@@ -61,7 +64,7 @@ class Settings:
             if getattr(self, name) is not None:
                 _choice(name, getattr(self, name), SERVE_MODES)
         _choice("backend", self.backend, ("auto", "reference", "gpu"))
-        for name in ("native_tail_rows", "prefill_min_tokens"):
+        for name in ("native_tail_rows", "prefill_min_tokens", "prefill_min_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.trace_rows < 1:

@@ -142,7 +142,7 @@ class Stage:
         seen = tuple(int(length) for length in lengths().tolist())
         extend = [int(length) for length in extend_lengths]
         rows = sum(extend)
-        view = BatchView("prefill", rows, seen, max(seen, default=0))
+        view = BatchView("prefill", rows, seen, max(seen, default=0), heads=q.shape[1])
         if policy.asks("prefill", self.settings):
             view = self._supported(view._replace(unsupported=unsupported()), q)
             if view.unsupported is None and not (

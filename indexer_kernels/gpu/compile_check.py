@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from indexer_kernels.gpu import (
     block_means_kernel,
     block_score_kernel,
@@ -58,7 +60,17 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
         builders |= _select_builders("block_select", params.top_blocks, unit_pages, 1, params.local_tokens)
     if "group_rerank" in modes:
         builders |= _group_builders(params, num_heads)
+    by_pages = "misa_rerank" in modes and params.candidate_unit == "page"
+    if torch.cuda.is_available() and (by_pages or "hisa" in modes or "group_rerank" in modes):
+        builders["DeepGEMM schedulers"] = functools.partial(_compile_schedulers, num_heads)
     return builders
+
+
+def _compile_schedulers(num_heads: int) -> None:
+    """DeepGEMM compiles at a call, which needs a GPU."""
+    from indexer_kernels.gpu.deep_gemm_logits import compile_schedulers
+
+    compile_schedulers(num_heads)
 
 
 def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable[[], object]]:

@@ -9,6 +9,7 @@ import deep_gemm
 import torch
 
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.page_layout import PAGE_BYTES
 
 MOST_ROWS = 2048
 LEAST_ROWS = 32
@@ -47,3 +48,14 @@ def paged_logits(
         page_table.shape[1] * PAGE_TOKENS,
         clean_logits=False,
     )[:num_rows]
+
+
+def compile_schedulers(num_heads: int, device: torch.device | str = "cuda") -> None:
+    """One call of every number of rows, over a page of zeros: seconds each where DeepGEMM has not kept the variant."""
+    rows, pages = LEAST_ROWS, torch.zeros((1, PAGE_BYTES), dtype=torch.uint8, device=device)
+    while rows <= MOST_ROWS:
+        q = torch.zeros((rows, num_heads, HEAD_DIM), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        table = torch.zeros((rows, 4), dtype=torch.int32, device=device)
+        lengths = torch.ones(rows, dtype=torch.int32, device=device)
+        paged_logits(q, torch.zeros((rows, num_heads), device=device), pages, table, lengths)
+        rows *= 2

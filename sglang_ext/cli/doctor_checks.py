@@ -18,6 +18,7 @@ from sglang_ext.policy import BatchView, asks, choose
 from sglang_ext.settings import Settings
 
 PROBE_LENGTHS = (8192, 32768, 131072)
+PROBE_ROWS = 8192  # a chunk of SGLang's default chunked prefill on large GPUs
 
 Status = Literal["ok", "problem", "skipped"]
 
@@ -105,7 +106,8 @@ def check_phase(phase: str, settings: Settings, model: Model) -> Check:
     refusal = kernel_refusal(policy.mode_to_try(phase, settings), settings, model) if asks(phase, settings) else None
     shown = []
     for length in PROBE_LENGTHS:
-        view = BatchView(phase, 1, (length,), length, "no_kernel" if refusal else None)
+        rows = PROBE_ROWS if phase == "prefill" else 1
+        view = BatchView(phase, rows, (length,), length, "no_kernel" if refusal else None, model.heads)
         decision = choose(view, settings)
         shown.append(f"{length // 1024}K: {decision.mode} ({decision.reason})")
     detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")

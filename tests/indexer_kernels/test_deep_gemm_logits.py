@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
+from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import deep_gemm_logits
 from indexer_kernels.gpu.work import slices
 from indexer_kernels.page_layout import unpack_pages
@@ -54,3 +55,33 @@ def test_padding_changes_no_score(monkeypatch, num_rows):
     want = token_scores(batch.q, batch.weights, batch.k[0], batch.k_scale[0])
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(got[row, :length], want[row, :length])
+
+
+def test_every_size_is_compiled_ahead(monkeypatch):
+    seen = []
+    fake = types.SimpleNamespace(
+        get_num_sms=lambda: 132,
+        get_paged_mqa_logits_metadata=lambda context, page, sms: None,
+        fp8_paged_mqa_logits=lambda q, *_, **__: seen.append(tuple(q.shape)) or torch.empty(q.shape[0], 256),
+    )
+    monkeypatch.setattr(deep_gemm_logits, "deep_gemm", fake)
+    deep_gemm_logits.compile_schedulers(32, "cpu")
+    assert seen == [(rows, 1, 32, 128) for rows in (32, 64, 128, 256, 512, 1024, 2048)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "unit", "needed"),
+    [
+        ("hisa", "token", True),
+        ("group_rerank", "token", True),
+        ("misa_rerank", "page", True),
+        ("misa_rerank", "token", False),
+        ("misa", "token", False),
+    ],
+)
+def test_schedulers_are_compiled_for_the_modes_that_call_deep_gemm(monkeypatch, mode, unit, needed):
+    pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+    from indexer_kernels.gpu.compile_check import kernel_builders
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ("DeepGEMM schedulers" in kernel_builders(IndexerParams(candidate_unit=unit), 64, (mode,))) == needed

@@ -18,11 +18,12 @@ from sglang_ext.policy import (
 )
 from sglang_ext.settings import SERVE_MODES, Settings
 
-LONG = Settings().prefill_min_tokens
+LONG = 65536  # the break-even of 64 heads
+ROWS = Settings().prefill_min_rows
 
 
 def prefill(*lengths: int, unsupported: str | None = None) -> BatchView:
-    return BatchView("prefill", 8, lengths, max(lengths, default=0), unsupported)
+    return BatchView("prefill", ROWS, lengths, max(lengths, default=0), unsupported, heads=64)
 
 
 def decode(unsupported: str | None = None) -> BatchView:
@@ -41,12 +42,21 @@ TABLE = [
     (Settings(), prefill(LONG - 1), Decision("native", "below_break_even")),
     (Settings(), prefill(1, LONG, 64), Decision(AUTO_PREFILL, "auto_selected")),
     (Settings(), prefill(1, LONG - 1, 64), Decision("native", "below_break_even")),
-    (Settings(prefill_min_tokens=0), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(prefill_min_tokens=1), prefill(1), Decision(AUTO_PREFILL, "auto_selected")),
     (Settings(prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
     (Settings(mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
+    # the break-even is the model's, the largest where its heads are not known
+    (Settings(), prefill(106496)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(106495)._replace(heads=32), Decision("native", "below_break_even")),
+    (Settings(), prefill(106495)._replace(heads=0), Decision("native", "below_break_even")),
+    (Settings(prefill_min_tokens=100), prefill(100)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
+    # few rows
+    (Settings(), prefill(LONG)._replace(rows=ROWS - 1), Decision("native", "few_rows")),
+    (Settings(prefill_min_rows=1), prefill(LONG)._replace(rows=1), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(mode="misa_rerank"), prefill(LONG)._replace(rows=1), Decision("misa_rerank", "configured")),
     # no lengths known, or none at all: the bound decides
-    (Settings(), BatchView("prefill", 8, None, LONG), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(), BatchView("prefill", 8, None, LONG - 1), Decision("native", "below_break_even")),
+    (Settings(), BatchView("prefill", ROWS, None, LONG, heads=64), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), BatchView("prefill", ROWS, None, LONG - 1, heads=64), Decision("native", "below_break_even")),
     (Settings(), prefill(), Decision("native", "below_break_even")),
     # auto decode
     (Settings(), decode(), Decision("native", "auto_decode_native")),
@@ -95,7 +105,7 @@ def test_the_reasons_are_told_apart():
 @pytest.mark.parametrize("mode", SERVE_MODES)
 def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode, unit):
     settings = Settings(**{f"{phase}_mode": mode}, candidate_unit=unit)
-    longest = BatchView(phase, 1, (1 << 20,) if phase == "prefill" else None, 1 << 20)
+    longest = BatchView(phase, ROWS, (1 << 20,) if phase == "prefill" else None, 1 << 20)
     outcome = choose(longest, settings).mode
     assert asks(phase, settings) == (outcome != "native")
     if asks(phase, settings):

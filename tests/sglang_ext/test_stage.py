@@ -60,9 +60,9 @@ def test_native_is_not_asked_for_support(batch, mode):
 
 
 def test_auto_looks_at_the_longest_request(batch):
-    stage = Stage(Settings(backend="reference", prefill_min_tokens=300), {})
+    stage = Stage(Settings(backend="reference", prefill_min_tokens=300, prefill_min_rows=1), {})
     assert prefill(stage, batch).decision == (policy.AUTO_PREFILL, "auto_selected")
-    stage = Stage(Settings(backend="reference", prefill_min_tokens=301), {})
+    stage = Stage(Settings(backend="reference", prefill_min_tokens=301, prefill_min_rows=1), {})
     assert prefill(stage, batch).decision == ("native", "below_break_even")
 
 

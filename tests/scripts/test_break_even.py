@@ -1,0 +1,84 @@
+"""Break-evens from times made up to have them where they are wanted."""
+
+import json
+
+import pytest
+
+import break_even
+
+
+def results(*cases):
+    """(heads, rows, keys, native, misa_rerank)"""
+    return [
+        {"heads": heads, "rows": rows, "keys": keys, "mode": mode, "ms": ms}
+        for heads, rows, keys, *times in cases
+        for mode, ms in zip(("native", "misa_rerank"), times)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("points", "want"),
+    [
+        ([(100, 1.0, 2.0), (200, 3.0, 2.0)], 150),
+        ([(200, 3.0, 2.0), (100, 1.0, 2.0)], 150),  # in any order
+        ([(100, 1.0, 2.0), (200, 2.0, 2.0)], 200),  # equal is no slower
+        ([(100, 2.0, 1.0), (200, 3.0, 1.0)], 100),
+        ([(100, 2.0, 1.0), (200, 1.0, 2.0), (300, 3.0, 2.0)], 250),  # the last crossing
+        ([(100, 2.0, 1.0), (200, 1.0, 2.0)], None),
+        ([(100, 1.0, 2.0)], None),
+    ],
+)
+def test_crossing(points, want):
+    assert break_even.crossing(points) == want
+
+
+def test_the_slowest_rows_decide_for_a_number_of_heads():
+    found = break_even.break_evens(
+        results((64, 8192, 100, 1, 2), (64, 8192, 20000, 3, 2), (64, 2048, 100, 1, 4), (64, 2048, 20000, 5, 4)),
+        "misa_rerank",
+    )
+    assert found[64, 8192] == 100 + 19900 / 2 and found[64, 2048] == 100 + 19900 * 3 / 4
+    assert break_even.min_tokens(found) == {64: 16384}
+
+
+def test_a_case_that_never_pays_leaves_no_number():
+    found = break_even.break_evens(results((32, 8192, 100, 1, 2), (32, 2048, 100, 3, 2)), "misa_rerank")
+    assert break_even.min_tokens(found) == {32: None}
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "stage.json"
+    path.write_text(json.dumps({"results": results((64, 8192, 1000, 1, 2), (64, 8192, 9000, 3, 2))}))
+    assert break_even.main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "misa_rerank, 64 heads, 8192 rows: from 5000 tokens on",
+        "MIN_TOKENS = {64: 8192}",
+    ]
+
+
+def test_what_was_not_measured_is_an_error(tmp_path, capsys):
+    path = tmp_path / "stage.json"
+    path.write_text(json.dumps({"results": results((64, 8192, 1000, 1, 2))}))
+    assert break_even.main([str(path), "--mode", "hisa"]) == 2
+    assert "--mode hisa" in capsys.readouterr().err
+    assert break_even.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_the_measured_table_follows_from_the_recorded_times():
+    """The table of the policy, from the times in docs/performance.md."""
+    recorded = results(
+        (64, 8192, 32768, 3.926, 5.559),
+        (64, 2048, 32768, 1.145, 1.832),
+        (64, 2048, 131072, 2.247 * 1.95, 2.247),
+        (32, 8192, 32768, 2.465, 4.999),
+        (32, 8192, 131072, 10.507, 7.318),
+        (32, 2048, 32768, 0.729, 1.754),
+        (32, 2048, 131072, 2.757, 2.311),
+    )
+    found = break_even.break_evens(
+        [one for one in recorded if (one["heads"], one["rows"]) != (64, 8192)], "misa_rerank"
+    )
+    from sglang_ext.break_even import MIN_TOKENS
+
+    measured = break_even.min_tokens(found)
+    assert all(MIN_TOKENS[heads] >= tokens > 0 for heads, tokens in measured.items())
