@@ -11,7 +11,7 @@ import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
 from indexer_kernels.gpu.candidate_list_kernel import Lists
-from indexer_kernels.gpu.token_select_kernel import BLOCK, keep_best
+from indexer_kernels.gpu.token_select_kernel import choice_constants, keep_best
 from indexer_kernels.page_layout import HEAD_DIM, KEY_BYTES, PAGE_BYTES
 
 TILE = 128  # keys of one product
@@ -245,7 +245,7 @@ def rescan(
         lists.slots,
         lists.counts,
         lists.slots.shape[1],
-        **_choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
+        **choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
         **_score_constants(active),
         num_warps=NUM_WARPS,
     )
@@ -259,16 +259,6 @@ def _score_constants(active: int) -> dict[str, int | bool]:
         "TILE": TILE,
         "PAGE_BYTES": PAGE_BYTES,
         "KEY_BYTES": KEY_BYTES,
-    }
-
-
-def _choice_constants(budget: int, first_tokens: int, local_tokens: int, with_positions: bool) -> dict[str, int | bool]:
-    return {
-        "BUDGET": budget,
-        "FIRST": first_tokens,
-        "LOCAL": local_tokens,
-        "BLOCK": BLOCK,
-        "WITH_POSITIONS": with_positions,
     }
 
 
@@ -292,5 +282,5 @@ def compile_scores(active: int):
 
 def compile_choice(active: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
     """The choice for one setting, compiled for sm_90 without a GPU or a launch."""
-    constants = _choice_constants(budget, first_tokens, local_tokens, with_positions) | _score_constants(active)
+    constants = choice_constants(budget, first_tokens, local_tokens, with_positions) | _score_constants(active)
     return compile_sm90(rescan_choice_kernel, _kinds(CHOSEN), constants, {"num_warps": NUM_WARPS})

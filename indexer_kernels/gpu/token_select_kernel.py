@@ -170,12 +170,12 @@ def token_select(
             lists.slots if lists.positions is None else lists.positions,
             *lists[1:],
             lists.slots.shape[1],
-            **_constants(budget, first_tokens, local_tokens, lists.positions is not None),
+            **choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
             num_warps=NUM_WARPS,
         )
 
 
-def _constants(budget: int, first_tokens: int, local_tokens: int, with_positions: bool) -> dict[str, int | bool]:
+def choice_constants(budget: int, first_tokens: int, local_tokens: int, with_positions: bool) -> dict[str, int | bool]:
     return {
         "BUDGET": budget,
         "FIRST": first_tokens,
@@ -189,5 +189,5 @@ def compile_for(budget: int, first_tokens: int, local_tokens: int, with_position
     """The variant for one setting, compiled for sm_90 without a GPU or a launch; its `asm` holds PTX and cubin."""
     kinds = dict.fromkeys(DYNAMIC, "*i32") | dict.fromkeys(("score_stride", "table_width", "width"), "i32")
     kinds |= {"scores": "*fp32"}
-    constants = _constants(budget, first_tokens, local_tokens, with_positions)
+    constants = choice_constants(budget, first_tokens, local_tokens, with_positions)
     return compile_sm90(token_select_kernel, kinds, constants, {"num_warps": NUM_WARPS})

@@ -215,7 +215,7 @@ def check_threshold(batch: Batch) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK = rescan_kernel.BLOCK = 512  # several blocks a row on short rows
+    token_select_kernel.BLOCK = 512  # several blocks a row on short rows
     candidate_list_kernel.WORDS = {False: 64, True: 32}
     compared = 0
     for lengths, rows in SHAPES:

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import candidate_list_kernel, pipeline, rescan_kernel, sample_kernel, token_modes, work
+from indexer_kernels.gpu import candidate_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.routed import Keys, Routed
 from indexer_kernels.gpu.work import Work
@@ -100,7 +100,7 @@ def check_modes(batch: Batch) -> None:
 
 
 def main() -> None:
-    rescan_kernel.BLOCK, candidate_list_kernel.WORDS = 512, {False: 64, True: 32}
+    token_select_kernel.BLOCK, candidate_list_kernel.WORDS = 512, {False: 64, True: 32}
     token_modes.routed_scan, token_modes.token_scores = float_scan, float_token_scores
     token_modes.num_sms = lambda _device: 2
     compared = 0

@@ -17,8 +17,8 @@ from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
 from indexer_kernels.page_layout import positions_to_slots
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.row_groups import group_proxies
-from indexer_kernels.top_k import torch_top_k
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
+from tests.support.gpu_calls import DECODE_LENGTHS, assert_a_graph_follows_the_lengths, work_of
 from tests.support.inputs import make_batch, slots_of
 
 pytestmark = pytest.mark.gpu
@@ -74,13 +74,6 @@ def random_list(batch, group, budget):
     )
     chosen = Lists(positions, slots, counts, torch.zeros_like(counts))
     return GroupList(chosen, rows, request, scanned, shares.amax(1)), shares
-
-
-def work_of(batch, params):
-    pages = batch.k_pages
-    pool = work.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
-    out = torch.empty((batch.plan.num_rows, params.top_k), dtype=torch.int32, device="cuda")
-    return work.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -214,26 +207,14 @@ def test_scratch_is_bounded():
 
 @pytest.mark.parametrize("group", [2, 4])
 def test_decode_in_a_graph_follows_the_lengths(group):
-    """Captured at one length and replayed at others, lengths of 0 and 1 included: nothing is read back, nothing
-    frozen.
-    """
     params = dataclasses.replace(SMALL, group=group)
-    batch = make_batch([9000, 4001, 9000, 700], 1, device="cuda", seed=53)
+    batch = make_batch(DECODE_LENGTHS, 1, device="cuda", seed=53)
     lengths = batch.plan.row_lengths.clone()
 
     def select() -> torch.Tensor:
         return select_paged(MODE, batch.q, batch.weights, batch.k_pages, batch.page_table, lengths, params, "gpu")
 
-    select()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = select()
-    for values in ([9000, 4001, 9000, 700], [3000, 1, 8999, 64], [64, 4000, 0, 257]):
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_form(captured, values, params.top_k)
-        assert torch.equal(sorted_rows(captured), sorted_rows(select()))
+    assert_a_graph_follows_the_lengths(select, lengths, params.top_k)
 
 
 def test_decode_finds_what_native_finds():

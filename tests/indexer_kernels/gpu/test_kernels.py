@@ -20,7 +20,7 @@ from indexer_kernels.reference.choice import keep_within_budget
 from indexer_kernels.reference.routing import routing_scores
 from indexer_kernels.reference.scores import block_means, block_scores, token_scores
 from indexer_kernels.row_plan import TILE_ROWS
-from indexer_kernels.top_k import torch_top_k
+from tests.support.gpu_calls import work_of
 from tests.support.inputs import Batch, make_batch
 
 pytestmark = pytest.mark.gpu
@@ -36,13 +36,6 @@ SHAPES = {
     "last rows of several": ([131, 2500, 1, 4001], [131, 40, 1, 65]),
 }
 PARAMS = IndexerParams(top_k=256, active_heads=8, route_block=256, candidates=1024, block_size=128, top_blocks=8)
-
-
-def work_of(batch: Batch, params: IndexerParams = PARAMS) -> gpu_work.Work:
-    pages = batch.k_pages
-    pool = gpu_work.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
-    out = torch.empty((batch.plan.num_rows, params.top_k), dtype=torch.int32, device="cuda")
-    return gpu_work.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, relative: float) -> None:
@@ -68,7 +61,7 @@ def batch(request, shape):
 
 @pytest.mark.parametrize("block", [64, 128, 1024])
 def test_block_means(batch, block):
-    means = gpu_work.block_means(work_of(batch), block)
+    means = gpu_work.block_means(work_of(batch, PARAMS), block)
     for request, (k, k_scale) in enumerate(zip(batch.k, batch.k_scale)):
         full = len(k) // block
         if full:
@@ -150,7 +143,7 @@ def test_routed_scan_in_its_three_forms(batch, active_heads):
 
 
 def test_block_score(batch):
-    work = work_of(batch)
+    work = work_of(batch, PARAMS)
     plan = batch.plan
     means = gpu_work.block_means(work, PARAMS.block_size)
     scores = torch.full((plan.num_tiles * TILE_ROWS, means.shape[1]), float("nan"), device="cuda")

@@ -12,6 +12,7 @@ from indexer_kernels import IndexerParams, select_paged, select_ragged, select_r
 from indexer_kernels.gpu import work
 from indexer_kernels.reference.scores import token_scores
 from tests.support.compare import assert_form, assert_selection_up_to_ties, overlap
+from tests.support.gpu_calls import DECODE_LENGTHS, assert_a_graph_follows_the_lengths
 from tests.support.inputs import make_batch, slots_of
 
 pytestmark = pytest.mark.gpu
@@ -130,25 +131,13 @@ def test_scratch_is_bounded():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_decode_in_a_graph_follows_the_lengths(mode):
-    """Captured at one length and replayed at others, lengths of 0 and 1 included: nothing is read back, nothing
-    frozen.
-    """
-    batch = make_batch([9000, 4001, 9000, 700], 1, device="cuda", seed=20)
+    batch = make_batch(DECODE_LENGTHS, 1, device="cuda", seed=20)
     lengths = batch.plan.row_lengths.clone()
 
     def select() -> torch.Tensor:
         return select_paged(mode, batch.q, batch.weights, batch.k_pages, batch.page_table, lengths, SMALL, "gpu")
 
-    select()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = select()
-    for values in ([9000, 4001, 9000, 700], [3000, 1, 8999, 64], [64, 4000, 0, 257]):
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_form(captured, values, SMALL.top_k)
-        assert (captured.sort(dim=1).values == select().sort(dim=1).values).all()
+    assert_a_graph_follows_the_lengths(select, lengths, SMALL.top_k)
 
 
 def test_one_compiled_variant_for_all_batches(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
-from indexer_kernels import IndexerParams, select_rows
+from indexer_kernels import IndexerParams, select_paged, select_rows
 from indexer_kernels.gpu import pipeline, token_modes, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists
 from indexer_kernels.gpu.routed import route
@@ -17,9 +17,8 @@ from indexer_kernels.gpu.token_modes import candidate_lists
 from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
 from indexer_kernels.reference.scores import token_scores
-from indexer_kernels.row_plan import plan_decode
-from indexer_kernels.top_k import torch_top_k
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
+from tests.support.gpu_calls import DECODE_LENGTHS, assert_a_graph_follows_the_lengths, work_of
 from tests.support.inputs import Batch, make_batch, slots_of
 
 pytestmark = pytest.mark.gpu
@@ -84,13 +83,6 @@ def test_token_scores(shape, num_heads):
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert (got - want).norm() <= 1e-3 * want.norm()
-
-
-def work_of(batch: Batch, params: IndexerParams) -> work.Work:
-    pages = batch.k_pages
-    pool = work.Pool(pages, pages.view(torch.float8_e4m3fn).view(-1, 128), pages.view(torch.float32).view(-1, 64))
-    out = torch.empty((batch.plan.num_rows, params.top_k), dtype=torch.int32, device="cuda")
-    return work.Work(batch.q, batch.weights, pool, batch.page_table, batch.plan, params, False, torch_top_k, out)
 
 
 @pytest.mark.parametrize("budget", [1024, 8192])
@@ -194,23 +186,14 @@ def test_batch_chunks_and_slices_do_not_matter(mode, monkeypatch):
 
 
 def test_decode_in_a_graph_follows_the_lengths():
-    batch = make_batch([9000, 4001, 9000, 700], 1, device="cuda", seed=39)
+    batch = make_batch(DECODE_LENGTHS, 1, device="cuda", seed=39)
     lengths = batch.plan.row_lengths.clone()
 
     def select() -> torch.Tensor:
-        plan = plan_decode(lengths, batch.page_table.shape[1])
-        return pipeline.select_rows("misa_rerank", batch.q, batch.weights, batch.k_pages, batch.page_table, plan, SMALL)
+        tensors = (batch.q, batch.weights, batch.k_pages, batch.page_table, lengths)
+        return select_paged("misa_rerank", *tensors, SMALL, "gpu")
 
-    select()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = select()
-    for values in ([9000, 4001, 9000, 700], [3000, 1, 8999, 64], [64, 4000, 0, 257]):
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_form(captured, values, SMALL.top_k)
-        assert (captured.sort(dim=1).values == select().sort(dim=1).values).all()
+    assert_a_graph_follows_the_lengths(select, lengths, SMALL.top_k)
 
 
 def test_scratch_is_bounded():
