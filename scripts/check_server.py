@@ -33,7 +33,7 @@ WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
 NEW_TOKENS = 8
-SET_PROMPTS = (3000, 12000)
+SET_PROMPTS = (3000, 18000)  # within every budget, and so far beyond that re-ranking prunes
 
 
 class Check:

@@ -138,7 +138,7 @@ def test_prunes():
     assert 0.1 < overlap(got.cpu(), native.cpu()) < 0.97
 
 
-@pytest.mark.parametrize("length", [8192, 8193, 8194, 8197, 5000])
+@pytest.mark.parametrize("length", [10240, 10241, 10242, 10245, 5000])
 def test_budget_that_covers_the_row_is_native(length):
     batch = make_batch([length, 700], [7, 5], device="cuda", seed=46)
     got = select_rows(MODE, *batch.paged, DEFAULT, backend="gpu")

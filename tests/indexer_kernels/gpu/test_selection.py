@@ -156,6 +156,6 @@ def test_refusals_name_the_reason():
         select_rows("hisa", *batch.paged, SMALL, backend="gpu")
     batch = make_batch([300], [4], device="cuda")
     with pytest.raises(NotImplementedError, match="leaves no token"):
-        select_rows("misa_rerank", *batch.paged, IndexerParams(local_tokens=8128), backend="gpu")
+        select_rows("misa_rerank", *batch.paged, IndexerParams(local_tokens=10176), backend="gpu")
     with pytest.raises(NotImplementedError, match="active_heads=5"):
         select_rows("misa", *batch.paged, IndexerParams(active_heads=5), backend="gpu")

@@ -163,7 +163,7 @@ def test_slots_and_repetition():
         assert sorted(again[row, :count].tolist()) == chosen
 
 
-@pytest.mark.parametrize("length", [8192, 8193, 5000])
+@pytest.mark.parametrize("length", [10240, 10241, 5000])
 def test_budget_that_covers_the_row_is_native(length):
     batch = make_batch([length], [3], num_heads=64, device="cuda", seed=35)
     got = pipeline.select_rows("misa_rerank", *batch.paged, DEFAULT)
