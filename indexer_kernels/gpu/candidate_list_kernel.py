@@ -11,7 +11,7 @@ import triton.language as tl
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
 from indexer_kernels.gpu.sample_kernel import Thresholds
 
-WORDS = {False: 512, True: 512}  # words of 8 tokens per step, from bits and from scores
+WORDS = 512  # words of 8 tokens per step
 NUM_WARPS = 4
 DYNAMIC = [
     "source",
@@ -124,6 +124,11 @@ class Lists(NamedTuple):
     counts: torch.Tensor
     unsure: torch.Tensor
 
+    @property
+    def written(self) -> tuple[torch.Tensor, ...]:
+        """positions, slots and counts as kernels take them: a place that is not written where positions are None."""
+        return (self.slots if self.positions is None else self.positions, self.slots, self.counts)
+
     def part(self, places: slice) -> "Lists":
         positions = None if self.positions is None else self.positions[places]
         return Lists(positions, *(tensor[places] for tensor in self[1:]))
@@ -164,8 +169,8 @@ def list_candidates(
             request,
             page_table,
             page_table.stride(0),
-            lists.slots if lists.positions is None else lists.positions,
-            *lists[1:],
+            *lists.written,
+            lists.unsure,
             lists.slots.shape[1],
             **_constants(budget, first_tokens, local_tokens, from_scores, lists.positions is not None),
             num_warps=NUM_WARPS,
@@ -179,7 +184,7 @@ def _constants(
         "BUDGET": budget,
         "FIRST": first_tokens,
         "LOCAL": local_tokens,
-        "WORDS": WORDS[from_scores],
+        "WORDS": WORDS,
         "FROM_SCORES": from_scores,
         "WITH_POSITIONS": with_positions,
     }

@@ -10,7 +10,7 @@ from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
 from indexer_kernels.gpu.sample_kernel import list_width, sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.gpu.token_select_kernel import token_select
-from indexer_kernels.gpu.work import Work, pages_of, slices, table_pages
+from indexer_kernels.gpu.work import Work, row_tables, slices, table_pages
 
 
 def group_rerank(work: Work) -> None:
@@ -48,10 +48,7 @@ def _scan(work: Work, rows: torch.Tensor, request: torch.Tensor, scanned: torch.
         proxies = group_proxies(work.q, work.weights, rows[part])
         # A group whose tokens fit the budget keeps them all: nothing to scan, but DeepGEMM wants a token.
         lengths = torch.where(scanned[part] > budget, scanned[part], 1)
-        # Past a row's end the table is garbage; DeepGEMM fetches pages in groups, so point there at the last page.
-        last = pages_of(lengths) - 1
-        column = torch.minimum(torch.arange(width, device=last.device), last[:, None])
-        table = work.page_table[request[part].long(), :width].gather(1, column)
+        table = row_tables(work, request[part], lengths)
         scores = paged_logits(proxies.q, proxies.weights, work.pool.pages, table, lengths)
         found = sample_threshold(scores, group[part], scanned, budget, *forced, among_all=True)
         lists = chosen.part(part)

@@ -7,7 +7,7 @@ from indexer_kernels.gpu.deep_gemm_logits import MOST_ROWS, paged_logits
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
-from indexer_kernels.gpu.work import BLOCK_TILE, Work, block_means, num_sms, pages_of, slices, table_pages
+from indexer_kernels.gpu.work import BLOCK_TILE, Work, block_means, num_sms, pages_of, row_tables, slices, table_pages
 from indexer_kernels.row_plan import TILE_ROWS
 
 
@@ -16,10 +16,7 @@ def native(work: Work) -> None:
     plan, width = work.plan, table_pages(work)
     for rows in slices(plan.num_rows, width * PAGE_TOKENS * 4, most=MOST_ROWS):
         lengths = plan.row_lengths[rows]
-        # Past a row's end the table is garbage; DeepGEMM fetches pages in groups, so point there at the last page.
-        last = (pages_of(lengths) - 1).clamp_min(0)
-        column = torch.minimum(torch.arange(width, device=last.device), last[:, None])
-        table = work.page_table[plan.row_request[rows].long(), :width].gather(1, column)
+        table = row_tables(work, plan.row_request[rows], lengths)
         scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, table, lengths.clamp_min(1))
         work.top_k(scores, lengths, table if work.slots else None, work.out[rows])
         del scores  # before the next slice is allocated

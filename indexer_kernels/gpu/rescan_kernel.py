@@ -241,9 +241,7 @@ def rescan(
     rescan_choice_kernel[(programs,)](
         *scored,
         places,
-        lists.slots if lists.positions is None else lists.positions,
-        lists.slots,
-        lists.counts,
+        *lists.written,
         lists.slots.shape[1],
         **choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
         **_score_constants(active),

@@ -66,6 +66,16 @@ def table_pages(work: Work) -> int:
     return min(work.page_table.shape[1], -(-work.plan.max_length // PAGE_TOKENS))
 
 
+def row_tables(work: Work, request: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The page table of each row for DeepGEMM: int32 [M, table_pages]; request, lengths [M] int32.
+
+    Past a row's end the table is garbage, and DeepGEMM fetches pages in groups: there it points at the row's last page.
+    """
+    width, last = table_pages(work), (pages_of(lengths) - 1).clamp_min(0)
+    column = torch.minimum(torch.arange(width, device=last.device), last[:, None])
+    return work.page_table[request.long(), :width].gather(1, column)
+
+
 def slices(count: int, bytes_each: int, multiple: int = 1, most: int | None = None) -> Iterator[slice]:
     """Slices of range(count) whose scores fit SCRATCH_BYTES, in steps of `multiple` where that many fit, and of at most
     `most`.

@@ -216,7 +216,7 @@ def check_threshold(batch: Batch) -> None:
 
 def main() -> None:
     token_select_kernel.BLOCK = 512  # several blocks a row on short rows
-    candidate_list_kernel.WORDS = {False: 64, True: 32}
+    candidate_list_kernel.WORDS = 64
     compared = 0
     for lengths, rows in SHAPES:
         for num_heads, values in ((64, "normal"), (32, "ties")):

@@ -100,7 +100,7 @@ def check_modes(batch: Batch) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK, candidate_list_kernel.WORDS = 512, {False: 64, True: 32}
+    token_select_kernel.BLOCK, candidate_list_kernel.WORDS = 512, 64
     token_modes.routed_scan, token_modes.token_scores = float_scan, float_token_scores
     token_modes.num_sms = lambda _device: 2
     compared = 0
