@@ -57,5 +57,5 @@ def compile_schedulers(num_heads: int, device: torch.device | str = "cuda") -> N
         q = torch.zeros((rows, num_heads, HEAD_DIM), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         table = torch.zeros((rows, 4), dtype=torch.int32, device=device)
         lengths = torch.ones(rows, dtype=torch.int32, device=device)
-        paged_logits(q, torch.zeros((rows, num_heads), device=device), pages, table, lengths)
+        paged_logits(q, torch.zeros((rows, num_heads), dtype=torch.float32, device=device), pages, table, lengths)
         rows *= 2

@@ -56,7 +56,7 @@ def block_candidates(
     Only blocks that end at or before a row's length have a score; its partly filled last block is forced.
     """
     num_blocks = -(-num_tokens // params.block_size)
-    scores = torch.full((q.shape[0], num_blocks), float("-inf"), device=q.device)
+    scores = torch.full((q.shape[0], num_blocks), float("-inf"), dtype=torch.float32, device=q.device)
     scores[:, : means.shape[0]] = block_scores(q, weights, means)
     full = torch.arange(num_blocks, device=q.device) < (lengths // params.block_size)[:, None]
     scores = torch.where(full, scores, float("-inf"))

@@ -32,12 +32,12 @@ def block_means(k: torch.Tensor, k_scale: torch.Tensor, block: int) -> torch.Ten
 
 def block_scores(q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """t[m, b] = sum_h weights[m, h] * relu(q[m, h] . kbar[b]): f32 [M, B] (HISA, arXiv 2603.28458, block stage)."""
-    return token_scores(q, weights, means, torch.ones(means.shape[0], device=means.device))
+    return token_scores(q, weights, means, means.new_ones(means.shape[0]))
 
 
 def page_maxima(scores: torch.Tensor, visible: torch.Tensor, page: int) -> torch.Tensor:
     """Best visible score of each `page` tokens: scores [M, N], visible [M, N] bool -> f32 [M, ceil(N / page)]."""
     num_rows, num_tokens = scores.shape
-    padded = torch.full((num_rows, -(-num_tokens // page) * page), float("-inf"), device=scores.device)
+    padded = scores.new_full((num_rows, -(-num_tokens // page) * page), float("-inf"))
     padded[:, :num_tokens] = torch.where(visible, scores, float("-inf"))
     return padded.view(num_rows, -1, page).amax(dim=2)

@@ -12,6 +12,7 @@ from indexer_kernels.gpu import deep_gemm_logits
 from indexer_kernels.gpu.work import slices
 from indexer_kernels.page_layout import unpack_pages
 from indexer_kernels.reference.scores import token_scores
+from tests.support.default_dtype import default_dtype
 from tests.support.inputs import make_batch
 
 
@@ -57,16 +58,19 @@ def test_padding_changes_no_score(monkeypatch, num_rows):
         assert torch.equal(got[row, :length], want[row, :length])
 
 
-def test_every_size_is_compiled_ahead(monkeypatch):
+def test_every_size_is_compiled_ahead_while_sglang_builds_the_model(monkeypatch):
     seen = []
     fake = types.SimpleNamespace(
         get_num_sms=lambda: 132,
         get_paged_mqa_logits_metadata=lambda context, page, sms: None,
-        fp8_paged_mqa_logits=lambda q, *_, **__: seen.append(tuple(q.shape)) or torch.empty(q.shape[0], 256),
+        fp8_paged_mqa_logits=lambda q, _, weights, *__, **___: (
+            seen.append((tuple(q.shape), weights.dtype)) or torch.empty(q.shape[0], 256)
+        ),
     )
     monkeypatch.setattr(deep_gemm_logits, "deep_gemm", fake)
-    deep_gemm_logits.compile_schedulers(32, "cpu")
-    assert seen == [(rows, 1, 32, 128) for rows in (32, 64, 128, 256, 512, 1024, 2048)]
+    with default_dtype(torch.bfloat16):
+        deep_gemm_logits.compile_schedulers(32, "cpu")
+    assert seen == [((rows, 1, 32, 128), torch.float32) for rows in (32, 64, 128, 256, 512, 1024, 2048)]
 
 
 @pytest.mark.parametrize(

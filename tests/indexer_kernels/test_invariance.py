@@ -8,6 +8,7 @@ import torch
 from indexer_kernels import select_ragged, select_rows
 from indexer_kernels.reference import modes
 from indexer_kernels.row_plan import plan_extend
+from tests.support.default_dtype import default_dtype
 from tests.support.inputs import make_batch
 from tests.support.small import CASES, SMALL
 
@@ -42,6 +43,14 @@ def test_one_row_at_a_time(case):
         row, seen = slice(m, m + 1), int(ke[m])
         alone = select_ragged(mode, q[row], weights[row], k[:seen], k_scale[:seen], ks[row], ke[row], params)
         assert torch.equal(alone, whole[row])
+
+
+def test_default_dtype(case):
+    mode, params = case
+    batch = make_batch([496], [24], num_heads=4, seed=54)
+    whole = select_ragged(mode, *batch.ragged, params)
+    with default_dtype(torch.bfloat16):
+        assert torch.equal(select_ragged(mode, *batch.ragged, params), whole)
 
 
 def test_batch_neighbours(case):
