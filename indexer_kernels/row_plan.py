@@ -10,7 +10,7 @@ import torch
 from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.row_groups import RowGroups, group_rows
 
-TILE_ROWS = 16  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
+TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +23,7 @@ class RowPlan:
     max_length              host bound on row_lengths (exact unless planned from device lengths: then the page table's
     reach)
     tile_request [T] int32  page-table row of each tile of at most TILE_ROWS consecutive rows (longest tiles first)
-    tile_rows [T, 16] int32 the rows of each tile, filled from the front, then -1
+    tile_rows [T, TILE_ROWS] int32 the rows of each tile, filled from the front, then -1
     tile_length [T] int32   tokens the tile's longest row sees
     row_place [M] int32     where a row sits in tile order: tile * TILE_ROWS + position
     host_rows               (request, length) of each row as int64 [M] on the CPU; None where only the device knows the

@@ -33,11 +33,11 @@ DYNAMIC = [
 
 @triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=DYNAMIC)
 def candidate_list_kernel(
-    source,  # [tiles, cells, 8] int32, the scan's bits; FROM_SCORES: [places, >= tokens] f32
+    source,  # [units, cells, words] int32, the scan's bits; from scores: [places, >= tokens] f32
     stride,
     rows,  # [places] int32, the query row of each place or -1
     lengths,  # [M] int32
-    thresholds,  # [places] f32, read FROM_SCORES
+    thresholds,  # [places] f32, read from scores
     limits,  # [places] int32, the most candidates a list should have
     request,  # [M] int32
     page_table,  # [R, table_width] int32
@@ -51,7 +51,7 @@ def candidate_list_kernel(
     FIRST: tl.constexpr,
     LOCAL: tl.constexpr,
     WORDS: tl.constexpr,
-    FROM_SCORES: tl.constexpr,
+    UNIT_ROWS: tl.constexpr,  # 0: from scores
     WITH_POSITIONS: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -64,11 +64,11 @@ def candidate_list_kernel(
     prunes = length > BUDGET
     local = tl.maximum(length - LOCAL, FIRST)
     column = place % 8
-    if FROM_SCORES:
+    if UNIT_ROWS == 0:
         base = source + place.to(tl.int64) * stride
     else:
         # Of a cell of 16 keys the row has a word for each half; every fourth bit of it is the row's, a key each.
-        base = source + (place // 16).to(tl.int64) * stride + (place // 8 % 2) * 2 + column % 2
+        base = source + (place // UNIT_ROWS).to(tl.int64) * stride + place % UNIT_ROWS // 8 * 2 + column % 2
     table = page_table + tl.load(request + row).to(tl.int64) * table_width
     out = place.to(tl.int64) * width
     every = tl.full((), 0x11111111, tl.uint32)
@@ -79,14 +79,14 @@ def candidate_list_kernel(
         inside = token < length
         kept = tl.zeros((WORDS,), tl.uint32) + every
         if prunes:
-            if FROM_SCORES:
+            if UNIT_ROWS == 0:
                 key = tl.arange(0, 8)
                 seen = (token[:, None] + key[None, :]) < length
                 score = tl.load(base + token[:, None] + key[None, :], mask=seen, other=float("-inf"))
                 reaches = (score >= tl.load(thresholds + place)).to(tl.int32)
                 kept = tl.sum(reaches << (4 * key)[None, :], axis=1).to(tl.uint32, bitcast=True)
             else:
-                loaded = tl.load(base + word * 4, mask=inside, other=0).to(tl.uint32, bitcast=True)
+                loaded = tl.load(base + word * (UNIT_ROWS // 4), mask=inside, other=0).to(tl.uint32, bitcast=True)
                 kept = (loaded >> (column // 2).to(tl.uint32)) & every
         if (start * 8 < FIRST) | ((start + WORDS) * 8 > local):
             forced = tl.zeros((WORDS,), tl.uint32)
@@ -154,11 +154,11 @@ def list_candidates(
 ) -> None:
     """Write to `lists` every token that reaches its place's threshold, the first first_tokens and last local_tokens.
 
-    source [tiles, cells, 8] int32, the bits of `routed_scores_kernel`, or [places, >= tokens] f32; rows [places] int32
-    (-1: none). A row that sees at most `budget` tokens keeps them all and its source is not read. A list is unsure with
-    fewer than budget tokens, or more than its limit.
+    source [units, cells, words] int32, the bits of `routed_scores_kernel`, or [places, >= tokens] f32; rows [places]
+    int32 (-1: none). A row that sees at most `budget` tokens keeps them all and its source is not read. A list is
+    unsure with fewer than budget tokens, or more than its limit.
     """
-    from_scores = source.dtype == torch.float32
+    unit_rows = 0 if source.dtype == torch.float32 else 2 * source.shape[2]
     if rows.shape[0]:
         candidate_list_kernel[(rows.shape[0],)](
             source,
@@ -172,27 +172,27 @@ def list_candidates(
             *lists.written,
             lists.unsure,
             lists.slots.shape[1],
-            **_constants(budget, first_tokens, local_tokens, from_scores, lists.positions is not None),
+            **_constants(budget, first_tokens, local_tokens, unit_rows, lists.positions is not None),
             num_warps=NUM_WARPS,
         )
 
 
 def _constants(
-    budget: int, first_tokens: int, local_tokens: int, from_scores: bool, with_positions: bool
+    budget: int, first_tokens: int, local_tokens: int, unit_rows: int, with_positions: bool
 ) -> dict[str, int | bool]:
     return {
         "BUDGET": budget,
         "FIRST": first_tokens,
         "LOCAL": local_tokens,
         "WORDS": WORDS,
-        "FROM_SCORES": from_scores,
+        "UNIT_ROWS": unit_rows,
         "WITH_POSITIONS": with_positions,
     }
 
 
-def compile_for(budget: int, first_tokens: int, local_tokens: int, from_scores: bool, with_positions: bool):
-    """The variant for one setting, compiled for sm_90 without a GPU or a launch."""
+def compile_for(budget: int, first_tokens: int, local_tokens: int, unit_rows: int, with_positions: bool):
+    """The variant for one setting (unit_rows 0: from scores), compiled for sm_90 without a GPU or a launch."""
     kinds = dict.fromkeys(DYNAMIC, "*i32") | dict.fromkeys(("stride", "table_width", "width"), "i32")
-    kinds |= {"thresholds": "*fp32", "source": "*fp32" if from_scores else "*i32"}
-    constants = _constants(budget, first_tokens, local_tokens, from_scores, with_positions)
+    kinds |= {"thresholds": "*fp32", "source": "*i32" if unit_rows else "*fp32"}
+    constants = _constants(budget, first_tokens, local_tokens, unit_rows, with_positions)
     return compile_sm90(candidate_list_kernel, kinds, constants, {"num_warps": NUM_WARPS})

@@ -1,4 +1,4 @@
-"""TileLang body of head routing. One CTA serves the 16 rows of a tile, two (H=64) or four (H=32) rows per product."""
+"""TileLang body of head routing. One CTA serves two (H=64) or four (H=32) rows of a tile."""
 
 import functools
 

@@ -9,13 +9,14 @@ from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
 from indexer_kernels.gpu.work import Work, block_means, num_sms
 from indexer_kernels.row_plan import TILE_ROWS
 
-CELL_BYTES = routed_scores_kernel.MASK_WORDS * 4
 VALUES = {"scores": PAGE_TOKENS, "maxima": PAGE_TOKENS // WARP_KEYS, "mask": PAGE_TOKENS // WARP_KEYS}
+# Shares of the scan that each SM should find, so that tiles of unlike length, or few of them, keep all SMs busy.
+SHARES_PER_SM = 6
 
 
 class Routed(NamedTuple):
-    """The routed heads [M, A] int32, and their queries and gates laid out for the scan: q [tiles * 16 * A, 128] fp8,
-    gate [tiles * 16 * A] f32.
+    """The routed heads [M, A] int32, and their queries and gates laid out for the scan: q [tiles * TILE_ROWS * A, 128]
+    fp8, gate [tiles * TILE_ROWS * A] f32.
     """
 
     heads: torch.Tensor
@@ -65,14 +66,15 @@ def routed_scan(
 ) -> torch.Tensor:
     """The scan of the tiles in `tiles` over `width` pages of `scanned`, in one of `routed_scores_kernel`'s forms.
 
-    tile_pages [T] int32: pages of each tile. f32 [tiles * 16, width * 64] ("scores") or [tiles * 16, width * 4]
-    ("maxima"), or int32 [tiles, width * 4, 8] ("mask", with thresholds [tiles * 16] f32).
+    tile_pages [T] int32: pages of each tile. f32 [places, width * 64] ("scores") or [places, width * 4] ("maxima"), or
+    int32 [units, width * 4, words] ("mask", with thresholds [places] f32); places = tiles * TILE_ROWS.
     """
     num_tiles, active_heads = tiles.stop - tiles.start, work.params.active_heads
     packed = routed.of_tiles(tiles)
     places = num_tiles * TILE_ROWS
+    units = places // routed_scores_kernel.unit_rows(active_heads)
     if form == "mask":
-        shape = (num_tiles, width * VALUES[form], routed_scores_kernel.MASK_WORDS)
+        shape = (units, width * VALUES[form], routed_scores_kernel.mask_words(active_heads))
         out = torch.empty(shape, dtype=torch.int32, device=work.q.device)
     else:
         out = torch.empty((places, width * VALUES[form]), dtype=torch.float32, device=work.q.device)
@@ -87,9 +89,15 @@ def routed_scan(
         work.plan.tile_request[tiles],
         tile_pages[tiles],
         thresholds.view(-1, routed_scores_kernel.GROUP_ROWS),
+        torch.arange(scan_shares(units, work.q.device), dtype=torch.int32, device=work.q.device),
         out,
     )
     return out
+
+
+def scan_shares(units: int, device: torch.device) -> int:
+    """Into how many shares the keys of each of `units` units go."""
+    return max(1, -(-SHARES_PER_SM * num_sms(device) // units))
 
 
 def cache_keys(work: Work) -> Keys:

@@ -14,13 +14,14 @@ import torch
 from indexer_kernels.gpu import token_scores_kernel
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
 from indexer_kernels.gpu.rescan_kernel import rescan
-from indexer_kernels.gpu.routed import CELL_BYTES, Keys, Routed, cache_keys, route, routed_scan, whole_stages
+from indexer_kernels.gpu.routed import Keys, Routed, cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.sample_kernel import CELL, Sample, list_width, sample_keys, sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
 from indexer_kernels.gpu.work import Work, num_sms, pages_of, slices, table_pages
 from indexer_kernels.row_plan import TILE_ROWS
 
 ENTRY_BYTES = 12  # of a list's entry: position, slot and score
+CELL_BYTES = TILE_ROWS * WARP_KEYS // 8  # of the mask: one bit for each row of a tile and each key of a cell
 
 
 def misa(work: Work) -> None:

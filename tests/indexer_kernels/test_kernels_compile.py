@@ -36,28 +36,13 @@ KERNELS = {
     "block_score 64": (lambda: block_score_kernel.block_score_prim_func(64, 128), ("HGMMA.64x128x16", 8)),
     "block_score 32": (lambda: block_score_kernel.block_score_prim_func(32, 128), ("HGMMA.64x128x16", 8)),
     "routed_pack": (lambda: routed_pack_kernel.routed_pack_prim_func(64, 8), None),
-    "routed_scores 8 scores": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(8, "scores", H200_SMS),
-        ("QGMMA.64x128x32", 4),
-    ),
-    "routed_scores 8 maxima": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(8, "maxima", H200_SMS),
-        ("QGMMA.64x128x32", 4),
-    ),
-    "routed_scores 4 maxima": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(4, "maxima", H200_SMS),
-        ("QGMMA.64x64x32", 4),
-    ),
-    "routed_scores 16 maxima": (
-        lambda: routed_scores_kernel.routed_scores_prim_func(16, "maxima", H200_SMS),
-        ("QGMMA.64x256x32", 4),
-    ),
     **{
-        f"routed_scores {active} mask": (
-            functools.partial(routed_scores_kernel.routed_scores_prim_func, active, "mask", H200_SMS),
-            (f"QGMMA.64x{16 * active}x32", 4),
+        f"routed_scores {active} {form}": (
+            functools.partial(routed_scores_kernel.routed_scores_prim_func, active, form, H200_SMS),
+            (f"QGMMA.64x{columns}x32", 4),
         )
-        for active in (4, 8, 16)
+        for active, columns in ((4, 128), (8, 256), (16, 256))
+        for form in ("scores", "maxima", "mask")
     },
     **{
         f"token_scores {heads} of {rows}": (
@@ -102,8 +87,8 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
         (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
         (sample_kernel.compile_sample_keys, None),
         (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, False, False), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True, True), None),
+        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, 32, False), None),
+        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, 0, True), None),
         (rescan_kernel.compile_gather, None),
         (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
         (lambda: rescan_kernel.compile_choice(8, 8192, 64, 128, False), "QGMMA.64x16x32"),

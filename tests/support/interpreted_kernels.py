@@ -17,10 +17,12 @@ from indexer_kernels.gpu import (
     token_select_kernel,
 )
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
+from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
 from indexer_kernels.gpu.sample_kernel import Thresholds
 from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
 from indexer_kernels.reference.scores import token_scores
+from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.inputs import Batch, make_batch, slots_of
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40, active_heads=2, route_block=64)
@@ -69,7 +71,7 @@ def routed_heads(batch: Batch) -> torch.Tensor:
 
 def packed_heads(batch: Batch, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and gates of routed heads in the scan's order: tile, group of 8 rows, head, row."""
-    rows = batch.plan.tile_rows.view(-1, 2, 1, 8).expand(-1, -1, heads.shape[1], -1)
+    rows = batch.plan.tile_rows.view(-1, TILE_ROWS // 8, 1, 8).expand(-1, -1, heads.shape[1], -1)
     head = heads[rows.clamp_min(0).long(), torch.arange(heads.shape[1])[None, None, :, None]].long()
     q = batch.q.view(torch.uint8)[rows.clamp_min(0).long(), head].view(torch.float8_e4m3fn)
     gate = torch.where(rows >= 0, batch.weights[rows.clamp_min(0).long(), head], 0.0)
@@ -85,15 +87,15 @@ def scores_of_row(batch: Batch, row: int, heads: torch.Tensor | None = None) -> 
     return token_scores(q, weights, batch.k[request], batch.k_scale[request])[0]
 
 
-def scan_bits(batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """The scan's bits for scores [M, N]: [tiles, cells, 8] int32, written down from their description."""
-    tile_rows = batch.plan.tile_rows
-    mask = torch.zeros((len(tile_rows), -(-scores.shape[1] // 16), 8), dtype=torch.int64)
-    for place, row in enumerate(tile_rows.flatten().tolist()):
+def scan_bits(batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor, active_heads: int) -> torch.Tensor:
+    """The scan's bits for scores [M, N]: [units, cells, words] int32, written down from their description."""
+    places, rows, words = batch.plan.tile_rows.flatten(), unit_rows(active_heads), mask_words(active_heads)
+    mask = torch.zeros((len(places) // rows, -(-scores.shape[1] // 16), words), dtype=torch.int64)
+    for place, row in enumerate(places.tolist()):
         for key in (scores[row] >= thresholds[place]).nonzero()[:, 0].tolist() if row >= 0 else ():
-            tile, inside = divmod(place, 16)
-            word = key % 16 // 8 * 4 + inside // 8 * 2 + inside % 2
-            mask[tile, key // 16, word] |= 1 << (key % 8 * 4 + inside % 8 // 2)
+            unit, inside = divmod(place, rows)
+            word = key % 16 // 8 * (words // 2) + inside // 8 * 2 + inside % 2
+            mask[unit, key // 16, word] |= 1 << (key % 8 * 4 + inside % 8 // 2)
     return torch.where(mask >= 1 << 31, mask - (1 << 32), mask).int()
 
 
@@ -115,7 +117,7 @@ def check_lists(batch: Batch, values: str) -> None:
         if row >= 0:
             seen = scores[row, : int(plan.row_lengths[row])].sort(descending=True).values
             thresholds[place] = seen[min(len(seen) - 1, (best[row], 100, len(seen))[row % 3])]
-    mask = scan_bits(batch, scores, thresholds)
+    mask = scan_bits(batch, scores, thresholds, PARAMS.active_heads)
     limits = torch.full((len(places),), width - 20, dtype=torch.int32)
     row_of = (places, plan.row_lengths, plan.row_request, batch.page_table)
     reached = Thresholds(thresholds, limits)

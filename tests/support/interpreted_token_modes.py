@@ -16,9 +16,11 @@ from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.gpu import candidate_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.routed import Keys, Routed
+from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
 from indexer_kernels.gpu.work import Work
 from indexer_kernels.reference.routing import route_heads, routing_scores
 from indexer_kernels.reference.scores import block_means, token_scores
+from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
 from tests.support.inputs import Batch, make_batch
 from tests.support.interpreted_kernels import packed_heads
@@ -45,9 +47,9 @@ def float_scan(job, routed, scanned: Keys, tile_pages, tiles, width, form, thres
     """`routed_scan` by the reference: NaN past a tile's pages, and no bit there."""
     packed, active = routed.of_tiles(tiles), job.params.active_heads
     count = tiles.stop - tiles.start
-    q = packed.q.view(torch.uint8).view(count, 2, active, 8, 128).transpose(2, 3).reshape(count, 16, active, 128)
-    gate = packed.gate.view(count, 2, active, 8).transpose(2, 3).reshape(count, 16, active)
-    scores = torch.full((count, 16, width * 64), float("nan"))
+    q = packed.q.view(torch.uint8).view(-1, active, 8, 128).transpose(1, 2).reshape(count, TILE_ROWS, active, 128)
+    gate = packed.gate.view(-1, active, 8).transpose(1, 2).reshape(count, TILE_ROWS, active)
+    scores = torch.full((count, TILE_ROWS, width * 64), float("nan"))
     for tile in range(count):
         pages = int(tile_pages[tiles][tile])
         if not pages:
@@ -57,12 +59,13 @@ def float_scan(job, routed, scanned: Keys, tile_pages, tiles, width, form, thres
         scales = scanned.scales.view(-1, 33, 64)[page, 32].flatten()
         scores[tile, :, : pages * 64] = token_scores(q[tile].view(torch.float8_e4m3fn), gate[tile], keys, scales)
     if form == "scores":
-        return scores.view(count * 16, -1)
-    reached = scores >= thresholds.view(count, 16, 1)
-    mask = torch.zeros((count, width * 4, 8), dtype=torch.int64)
-    for inside in range(16):
+        return scores.view(count * TILE_ROWS, -1)
+    rows, words = unit_rows(active), mask_words(active)
+    reached = (scores >= thresholds.view(count, TILE_ROWS, 1)).view(-1, rows, width * 64)
+    mask = torch.zeros((len(reached), width * 4, words), dtype=torch.int64)
+    for inside in range(rows):
         for key in range(16):
-            word = key // 8 * 4 + inside // 8 * 2 + inside % 2
+            word = key // 8 * (words // 2) + inside // 8 * 2 + inside % 2
             mask[:, :, word] |= reached[:, inside, key::16].long() << (key % 8 * 4 + inside % 8 // 2)
     return torch.where(mask >= 1 << 31, mask - (1 << 32), mask).int()
 

@@ -14,6 +14,7 @@ from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
+from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.reference.candidates import forced_units, visible_units
 from indexer_kernels.reference.choice import keep_within_budget
@@ -118,9 +119,9 @@ def test_routed_scan_in_its_three_forms(batch, active_heads):
     thresholds = torch.randn(plan.num_tiles * TILE_ROWS, device="cuda")
     mask = routed_scan(work, routed, keys, pages, tiles, width, "mask", thresholds).cpu()
     # The packed queries say which heads the kernel scored: unpack them for the reference.
-    q = routed.q.view(torch.uint8).view(plan.num_tiles, 2, active_heads, 8, 128).permute(0, 1, 3, 2, 4)
+    q = routed.q.view(torch.uint8).view(plan.num_tiles, TILE_ROWS // 8, active_heads, 8, 128).permute(0, 1, 3, 2, 4)
     q = q.reshape(-1, active_heads, 128).view(torch.float8_e4m3fn)
-    gate = routed.gate.view(plan.num_tiles, 2, active_heads, 8).permute(0, 1, 3, 2).reshape(-1, active_heads)
+    gate = routed.gate.view(-1, active_heads, 8).permute(0, 2, 1).reshape(-1, active_heads)
     for request in range(len(batch.k)):
         rows = request_rows(batch, request)
         places = plan.row_place[rows].long()
@@ -136,8 +137,8 @@ def test_routed_scan_in_its_three_forms(batch, active_heads):
                 assert_close(maxima[places, :full][ends], best[ends], FP8_SCORE)
         for row, place in list(zip(rows.tolist(), places.tolist()))[:: max(1, len(rows) // 50)]:
             seen = int(plan.row_lengths[row])
-            key, (tile, inside) = torch.arange(seen), divmod(place, TILE_ROWS)
-            word = mask[tile, key // 16, key % 16 // 8 * 4 + inside // 8 * 2 + inside % 2]
+            key, (unit, inside) = torch.arange(seen), divmod(place, unit_rows(active_heads))
+            word = mask[unit, key // 16, key % 16 // 8 * (mask.shape[2] // 2) + inside // 8 * 2 + inside % 2]
             bits = (word >> (key % 8 * 4 + inside % 8 // 2)) & 1
             assert torch.equal(bits.bool(), (tokens[place, :seen] >= thresholds[place]).cpu())
 
