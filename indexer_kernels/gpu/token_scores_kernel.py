@@ -66,9 +66,13 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
             key_row = T.alloc_shared((stretch_tokens,), "int32")
             key_scale = T.alloc_shared((stretch_tokens,), "float32")
             product = T.alloc_fragment((tile, columns_of_product), "float32")
-            product3 = T.reshape(product, (tile, list_rows, columns_of_product // list_rows))
+            # Columns as (row, 8 heads, head): a thread holds two of every 8, and adds those up before lanes meet.
+            steps = columns_of_product // list_rows // 8
+            product4 = T.reshape(product, (tile, list_rows, steps, 8))
+            part = T.alloc_fragment((tile, list_rows, 8), "float32")
             score = T.alloc_fragment((tile, list_rows), "float32")
             gate = T.alloc_fragment((columns_of_product,), "float32")
+            gate3 = T.reshape(gate, (list_rows, steps, 8))
             left, tiles, slot, at = (
                 T.alloc_var("int32"),
                 T.alloc_var("int32"),
@@ -135,9 +139,11 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for i, h in T.Parallel(tile, columns_of_product):
-                        product[i, h] = T.max(product[i, h], 0) * gate[h]
-                    T.reduce_sum(product3, score, dim=2)
+                    T.clear(part)
+                    for h in T.unroll(steps, explicit=True):
+                        for i, w, c in T.Parallel(tile, list_rows, 8):
+                            part[i, w, c] = T.ieee_fmaf(T.max(product4[i, w, h, c], 0), gate3[w, h, c], part[i, w, c])
+                    T.reduce_sum(part, score, dim=2)
                     for i, w in T.Parallel(tile, list_rows):
                         out[block * list_rows + w, stretch * stretch_tokens + t * tile + i] = (
                             score[i, w] * key_scale[t * tile + i]
