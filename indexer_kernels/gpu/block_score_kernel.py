@@ -1,4 +1,4 @@
-"""TileLang body of block scores. One CTA scores two (H=64) or four (H=32) rows of a tile against its share of the
+"""TileLang body of block scores. One CTA scores four (H=64) or eight (H=32) rows of a tile against its share of the
 block means.
 """
 
@@ -12,16 +12,18 @@ from indexer_kernels.row_plan import TILE_ROWS
 
 THREADS = 256
 TILE_BLOCKS = 128
+COLUMNS = 256  # of one product, the widest wgmma: every mean is read as seldom as can be
+STAGES = 2
 
 
 def block_score_prim_func(num_heads: int, block_size: int):
     """t[m, b] = sum_h w[m, h] * relu(q[m, h] . mean[b]), rows in tile order; only tiles of blocks that some row has
     in full.
 
-    splits CTAs share the block tiles of a row pair: one for prefill, more where there are too few rows to fill the
-    chip. Tiles whose rows see at most covered_length tokens are skipped: their selection needs no scores.
+    splits CTAs share the block tiles of a product's rows: one for prefill, more where there are too few rows to fill
+    the chip. Tiles whose rows see at most covered_length tokens are skipped: their selection needs no scores.
     """
-    product_rows = 128 // num_heads
+    product_rows, steps = COLUMNS // num_heads, num_heads // 8
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
     num_requests, block_tiles, splits = T.dynamic("num_requests"), T.dynamic("block_tiles"), T.dynamic("splits")
 
@@ -38,16 +40,20 @@ def block_score_prim_func(num_heads: int, block_size: int):
         covered_length: T.int32,
     ):
         with T.Kernel(TILE_ROWS // product_rows, splits, num_tiles, threads=THREADS) as (part, split, tile):
-            q_shared = T.alloc_shared((128, HEAD_DIM), "bfloat16")
+            q_shared = T.alloc_shared((COLUMNS, HEAD_DIM), "bfloat16")
             mean_shared = T.alloc_shared((TILE_BLOCKS, HEAD_DIM), "bfloat16")
-            product = T.alloc_fragment((TILE_BLOCKS, 128), "float32")
-            product3 = T.reshape(product, (TILE_BLOCKS, product_rows, num_heads))
-            gate = T.alloc_fragment((128,), "float32")
+            product = T.alloc_fragment((TILE_BLOCKS, COLUMNS), "float32")
+            # Columns as (row, 8 heads, head): a thread holds two of every 8, and adds those up before lanes meet.
+            product4 = T.reshape(product, (TILE_BLOCKS, product_rows, steps, 8))
+            partial = T.alloc_fragment((TILE_BLOCKS, product_rows, 8), "float32")
             score = T.alloc_fragment((TILE_BLOCKS, product_rows), "float32")
+            gate = T.alloc_fragment((COLUMNS,), "float32")
+            gate3 = T.reshape(gate, (product_rows, steps, 8))
             needed = T.alloc_var("int32")
+            # Rows of a tile are filled from the front, so an empty first slot means an empty part.
             if (tile_rows[tile, part * product_rows] >= 0) and (tile_length[tile] > covered_length):
                 needed = T.min(T.ceildiv(tile_length[tile] // block_size, TILE_BLOCKS), block_tiles)
-                for i, d in T.Parallel(128, HEAD_DIM):
+                for i, d in T.Parallel(COLUMNS, HEAD_DIM):
                     q_shared[i, d] = T.cast(
                         q[
                             T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads,
@@ -55,9 +61,9 @@ def block_score_prim_func(num_heads: int, block_size: int):
                         ],
                         "bfloat16",
                     )
-                for i in T.Parallel(128):
+                for i in T.Parallel(COLUMNS):
                     gate[i] = weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
-                for step in T.serial(T.ceildiv(T.max(needed - split_ids[split], 0), splits)):
+                for step in T.Pipelined(T.ceildiv(T.max(needed - split_ids[split], 0), splits), num_stages=STAGES):
                     T.copy(means[tile_request[tile], (split_ids[split] + step * splits) * TILE_BLOCKS, 0], mean_shared)
                     T.gemm(
                         mean_shared,
@@ -67,9 +73,13 @@ def block_score_prim_func(num_heads: int, block_size: int):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for b, i in T.Parallel(TILE_BLOCKS, 128):
-                        product[b, i] = T.max(product[b, i], 0) * gate[i]
-                    T.reduce_sum(product3, score, dim=2)
+                    T.clear(partial)
+                    for h in T.unroll(steps, explicit=True):
+                        for b, r, c in T.Parallel(TILE_BLOCKS, product_rows, 8):
+                            partial[b, r, c] = T.ieee_fmaf(
+                                T.max(product4[b, r, h, c], 0), gate3[r, h, c], partial[b, r, c]
+                            )
+                    T.reduce_sum(partial, score, dim=2)
                     for r, b in T.Parallel(product_rows, TILE_BLOCKS):
                         out[
                             tile * TILE_ROWS + part * product_rows + r,

@@ -10,6 +10,7 @@ from indexer_kernels.row_plan import TILE_ROWS
 
 THREADS = 256
 TILE_BLOCKS = 128
+STAGES = 2
 
 
 def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, statistic: str):
@@ -40,13 +41,15 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
             positive = T.alloc_fragment((128,), "float32")
             routing = T.alloc_fragment((128,), "float32")
             rank = T.alloc_fragment((128,), "int32")
-            request, most = T.alloc_var("int32"), T.alloc_var("int32")
+            request, most, least = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
             # Rows of a tile are filled from the front, so an empty first slot means an empty part.
             if tile_rows[tile, part * product_rows] >= 0:
                 request = tile_request[tile]
                 most = 0
+                least = lengths[tile_rows[tile, part * product_rows]] // route_block
                 for r in T.serial(product_rows):
                     most = T.max(most, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
+                    least = T.min(least, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
                 for i, d in T.Parallel(128, HEAD_DIM):
                     q_shared[i, d] = T.cast(
                         q[
@@ -56,7 +59,7 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                         "bfloat16",
                     )
                 T.clear(routing)
-                for b in T.serial(T.min(T.ceildiv(most, TILE_BLOCKS), block_tiles)):
+                for b in T.Pipelined(T.min(T.ceildiv(most, TILE_BLOCKS), block_tiles), num_stages=STAGES):
                     T.copy(means[request, b * TILE_BLOCKS, 0], mean_shared)
                     T.gemm(
                         q_shared,
@@ -66,19 +69,23 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for i, j in T.Parallel(128, TILE_BLOCKS):
-                        product[i, j] = T.if_then_else(
-                            (b * TILE_BLOCKS + j + 1) * route_block
-                            <= lengths[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0)],
-                            T.max(product[i, j], 0),
-                            0,
-                        )
+                    if (b + 1) * TILE_BLOCKS > least:  # some row does not have all of these blocks in full
+                        for i, j in T.Parallel(128, TILE_BLOCKS):
+                            product[i, j] = T.if_then_else(
+                                b * TILE_BLOCKS + j
+                                < lengths[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0)]
+                                // route_block,
+                                product[i, j],
+                                0,
+                            )
                     if by_sum:
+                        for i, j in T.Parallel(128, TILE_BLOCKS):
+                            product[i, j] = T.max(product[i, j], 0)
                         T.reduce_sum(product, positive, dim=1)
                         for i in T.Parallel(128):
                             routing[i] = routing[i] + positive[i]
                     else:
-                        T.reduce_max(product, positive, dim=1)
+                        T.reduce_max(product, positive, dim=1)  # routing starts at 0: no need to cut below it
                         for i in T.Parallel(128):
                             routing[i] = T.max(routing[i], positive[i])
                 for i in T.Parallel(128):
