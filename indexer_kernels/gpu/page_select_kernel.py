@@ -16,8 +16,8 @@ from indexer_kernels.gpu.ordered_bits_kernel import ordered_bits
 from indexer_kernels.gpu.target import PAGE_TOKENS
 
 # Units a program holds at once, by the reach of the page table: a handful of variants, not one per length.
-CAPACITIES = (2048, 4096, 8192)
-NUM_WARPS = {2048: 8, 4096: 16, 8192: 32}
+CAPACITIES = (512, 1024, 2048, 4096, 8192)
+NUM_WARPS = {512: 2, 1024: 4, 2048: 8, 4096: 16, 8192: 16}
 DYNAMIC = [
     "scores",
     "score_stride",
@@ -71,9 +71,14 @@ def page_select_kernel(
         key = tl.where(eligible, ordered_bits(score), 0)
         wanted = BUDGET - 1 - (units - first_local)
         threshold = tl.zeros((), tl.uint32)
-        for step in range(32):
-            trial = threshold | (tl.full((), 1, tl.uint32) << (31 - step).to(tl.uint32))
-            threshold = tl.where(tl.sum((key >= trial).to(tl.int32)) >= wanted, trial, threshold)
+        bit = tl.full((), 2147483648, tl.uint32)
+        reached = units  # how many reach the threshold; as many as wanted need no further bit
+        while (bit > 0) & (reached != wanted):
+            count = tl.sum((key >= (threshold | bit)).to(tl.int32))
+            if count >= wanted:
+                threshold = threshold | bit
+                reached = count
+            bit = bit >> 1
         above = key > threshold
         level = eligible & (key == threshold)
         level_left = wanted - tl.sum(above.to(tl.int32))

@@ -1,4 +1,4 @@
-"""The Triton kernels of misa and misa_rerank, run on this CPU by Triton's interpreter, against the references."""
+"""The Triton kernels of misa, misa_rerank and hisa, run on this CPU by Triton's interpreter, against the references."""
 
 import os
 import subprocess
@@ -9,7 +9,10 @@ import pytest
 pytest.importorskip("triton", reason="the gpu extra is not installed")
 
 
-@pytest.mark.parametrize(("program", "rows"), [("interpreted_kernels", 40), ("interpreted_token_modes", 82)])
+@pytest.mark.parametrize(
+    ("program", "rows"),
+    [("interpreted_kernels", 40), ("interpreted_token_modes", 82), ("interpreted_page_select", 120)],
+)
 def test_agrees_with_the_references(program, rows):
     command = [sys.executable, "-m", f"tests.support.{program}"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
