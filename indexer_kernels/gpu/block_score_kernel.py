@@ -10,8 +10,9 @@ import tilelang.language as T
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
-THREADS = 256
-TILE_BLOCKS = 128
+# One warpgroup a CTA, two CTAs an SM: one multiplies while the other sums up.
+THREADS = 128
+TILE_BLOCKS = 64
 COLUMNS = 256  # of one product, the widest wgmma: every mean is read as seldom as can be
 STAGES = 2
 

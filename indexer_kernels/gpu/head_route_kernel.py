@@ -1,4 +1,4 @@
-"""TileLang body of head routing. One CTA serves two (H=64) or four (H=32) rows of a tile."""
+"""TileLang body of head routing. One CTA serves four (H=64) or eight (H=32) rows of a tile."""
 
 import functools
 
@@ -8,7 +8,8 @@ import tilelang.language as T
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
-THREADS = 256
+HEADS = 256  # of all rows of a CTA, 64 for each of its warpgroups
+THREADS = 512
 TILE_BLOCKS = 128
 STAGES = 2
 
@@ -19,7 +20,7 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
 
     Rank counting, not sorting: a head's slot is the number of heads with a larger r, or an equal r and a lower index.
     """
-    product_rows, by_sum = 128 // num_heads, statistic == "sum"
+    product_rows, by_sum = HEADS // num_heads, statistic == "sum"
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
     num_requests, block_tiles = T.dynamic("num_requests"), T.dynamic("block_tiles")
 
@@ -34,13 +35,13 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
         heads: T.Tensor((num_rows, active_heads), "int32"),
     ):
         with T.Kernel(TILE_ROWS // product_rows, num_tiles, threads=THREADS) as (part, tile):
-            q_shared = T.alloc_shared((128, HEAD_DIM), "bfloat16")
+            q_shared = T.alloc_shared((HEADS, HEAD_DIM), "bfloat16")
             mean_shared = T.alloc_shared((TILE_BLOCKS, HEAD_DIM), "bfloat16")
-            routing_shared = T.alloc_shared((128,), "float32")
-            product = T.alloc_fragment((128, TILE_BLOCKS), "float32")
-            positive = T.alloc_fragment((128,), "float32")
-            routing = T.alloc_fragment((128,), "float32")
-            rank = T.alloc_fragment((128,), "int32")
+            routing_shared = T.alloc_shared((HEADS,), "float32")
+            product = T.alloc_fragment((HEADS, TILE_BLOCKS), "float32")
+            positive = T.alloc_fragment((HEADS,), "float32")
+            routing = T.alloc_fragment((HEADS,), "float32")
+            rank = T.alloc_fragment((HEADS,), "int32")
             request, most, least = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
             # Rows of a tile are filled from the front, so an empty first slot means an empty part.
             if tile_rows[tile, part * product_rows] >= 0:
@@ -50,7 +51,7 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                 for r in T.serial(product_rows):
                     most = T.max(most, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
                     least = T.min(least, lengths[T.max(tile_rows[tile, part * product_rows + r], 0)] // route_block)
-                for i, d in T.Parallel(128, HEAD_DIM):
+                for i, d in T.Parallel(HEADS, HEAD_DIM):
                     q_shared[i, d] = T.cast(
                         q[
                             T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads,
@@ -70,7 +71,7 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                         policy=T.GemmWarpPolicy.FullRow,
                     )
                     if (b + 1) * TILE_BLOCKS > least:  # some row does not have all of these blocks in full
-                        for i, j in T.Parallel(128, TILE_BLOCKS):
+                        for i, j in T.Parallel(HEADS, TILE_BLOCKS):
                             product[i, j] = T.if_then_else(
                                 b * TILE_BLOCKS + j
                                 < lengths[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0)]
@@ -79,21 +80,21 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                                 0,
                             )
                     if by_sum:
-                        for i, j in T.Parallel(128, TILE_BLOCKS):
+                        for i, j in T.Parallel(HEADS, TILE_BLOCKS):
                             product[i, j] = T.max(product[i, j], 0)
                         T.reduce_sum(product, positive, dim=1)
-                        for i in T.Parallel(128):
+                        for i in T.Parallel(HEADS):
                             routing[i] = routing[i] + positive[i]
                     else:
                         T.reduce_max(product, positive, dim=1)  # routing starts at 0: no need to cut below it
-                        for i in T.Parallel(128):
+                        for i in T.Parallel(HEADS):
                             routing[i] = T.max(routing[i], positive[i])
-                for i in T.Parallel(128):
+                for i in T.Parallel(HEADS):
                     routing_shared[i] = routing[i] * T.abs(
                         weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
                     )
                 T.sync_threads()
-                for i in T.Parallel(128):
+                for i in T.Parallel(HEADS):
                     rank[i] = 0
                     for other in T.serial(num_heads):
                         if (routing_shared[i // num_heads * num_heads + other] > routing_shared[i]) or (

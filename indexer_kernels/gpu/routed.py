@@ -97,7 +97,7 @@ def routed_scan(
 
 def scan_shares(units: int, device: torch.device) -> int:
     """Into how many shares the keys of each of `units` units go."""
-    return max(1, -(-SHARES_PER_SM * num_sms(device) // units))
+    return max(1, SHARES_PER_SM * num_sms(device) // units)
 
 
 def cache_keys(work: Work) -> Keys:

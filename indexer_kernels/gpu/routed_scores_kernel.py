@@ -16,6 +16,7 @@ from typing import Literal
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET, WARP_KEYS
 from indexer_kernels.row_plan import TILE_ROWS
 
@@ -156,7 +157,7 @@ def routed_scores_prim_func(active_heads: int, form: Form, num_sms: int):
                         )
                         if first < last:
                             for g, h, c in T.Parallel(groups, active_heads, GROUP_ROWS):
-                                gate[g, h, c] = weights[unit * groups + g, h, c]
+                                gate[g, h, c] = weights[unit * groups + g, h, c] * PRODUCT_LIMIT
                             if form == "mask":
                                 for g, c in T.Parallel(groups, GROUP_ROWS):
                                     threshold[g, c] = thresholds[unit * groups + g, c]
@@ -188,7 +189,7 @@ def routed_scores_prim_func(active_heads: int, form: Form, num_sms: int):
                                 for h in T.unroll(active_heads, explicit=True):
                                     for i, g, c in T.Parallel(stage_keys, groups, GROUP_ROWS):
                                         score[i, g, c] = T.ieee_fmaf(
-                                            T.max(product4[i, g, h, c], 0), gate[g, h, c], score[i, g, c]
+                                            relu_share(product4[i, g, h, c]), gate[g, h, c], score[i, g, c]
                                         )
                                 if form == "mask":
                                     for i, g, c in T.Parallel(stage_keys, groups, GROUP_ROWS):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET
 
 TILE = 128  # a list is a whole number of these wide
@@ -101,9 +102,8 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
                 for i in T.Parallel(columns_of_product):
                     gate[i] = T.if_then_else(
                         i < heads,
-                        weights[
-                            T.max(rows[block, T.min(i // num_heads, list_rows - 1)], 0) * num_heads + i % num_heads
-                        ],
+                        weights[T.max(rows[block, T.min(i // num_heads, list_rows - 1)], 0) * num_heads + i % num_heads]
+                        * PRODUCT_LIMIT,
                         0,
                     )
                 T.sync_threads()
@@ -142,7 +142,7 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
                     T.clear(part)
                     for h in T.unroll(steps, explicit=True):
                         for i, w, c in T.Parallel(tile, list_rows, 8):
-                            part[i, w, c] = T.ieee_fmaf(T.max(product4[i, w, h, c], 0), gate3[w, h, c], part[i, w, c])
+                            part[i, w, c] = T.ieee_fmaf(relu_share(product4[i, w, h, c]), gate3[w, h, c], part[i, w, c])
                     T.reduce_sum(part, score, dim=2)
                     for i, w in T.Parallel(tile, list_rows):
                         out[block * list_rows + w, stretch * stretch_tokens + t * tile + i] = (

@@ -178,7 +178,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     assert not [name for name in outcome if name.startswith("page_select")], "the default candidates are tokens"
     assert {name for name in outcome if name.startswith("block_select")} == {
         f"block_select {capacity}"
-        for capacity in (2048, 4096)  # of 8192 pages, two to a block
+        for capacity in (512, 1024, 2048, 4096)  # of 8192 pages, two to a block
     }
     assert outcome.pop("head_route H=64") == "RuntimeError: last line"
     assert set(outcome.values()) == {None}
