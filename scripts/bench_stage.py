@@ -5,7 +5,8 @@
 
 native is DeepGEMM's fp8_mqa_logits followed by SGLang's ragged top-k (without the key gather SGLang also runs); a
 mode is everything from q, gates and index pages to cache slots. misa_rerank keeps single tokens as candidates,
-misa_rerank_pages whole pages. The rows are the last ones of a prompt of KEYS tokens. Before anything is timed, each
+misa_rerank_pages whole pages. The rows are the last ones of a prompt of KEYS tokens.
+Times are the device's, with launches queued ahead; the host's time to launch is given beside them. Before anything is timed, each
 mode must agree with the reference backend on a small case. Needs an sm_90 GPU and SGLang.
 """
 
@@ -14,6 +15,7 @@ import functools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
@@ -32,6 +34,7 @@ PARAMS = IndexerParams()
 PAGES = IndexerParams(candidate_unit="page")
 MODES = ("misa", "misa_rerank", "misa_rerank_pages", "hisa", "group_rerank")
 RERANKING = ("misa_rerank", "misa_rerank_pages", "group_rerank")  # the gpu backend may find more of native's tokens
+WAIT_CYCLES = 4_000_000  # some 2 ms in which a call's kernels are launched
 INPUT_SETS = 2  # rotated, so that a repetition does not find its queries in L2
 
 
@@ -115,13 +118,33 @@ def agreement(name: str, heads: int) -> Agreement:
     return Agreement(statistics.median(shares), statistics.mean(shares))
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+class Timing(NamedTuple):
+    """Milliseconds of one call: on the device, and on the host until everything is launched."""
+
+    device: float
+    launch: float
+
+
+def timed(work: Callable[[], object]) -> Timing:
+    """One call, launched while the device is still busy with something else, as it is in a server: its kernels follow
+    each other without waiting for the host.
+    """
+    wait = WAIT_CYCLES
+    while True:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(wait)
+        begin.record()
+        began = time.perf_counter()
+        work()
+        launch = 1e3 * (time.perf_counter() - began)
+        end.record()
+        in_time = not begin.query()
+        torch.cuda.synchronize()
+        if in_time:
+            return Timing(begin.elapsed_time(end), launch)
+        if wait > 64 * WAIT_CYCLES:
+            raise RuntimeError(f"a call took {launch:.0f} ms to launch: something in it waits for the device")
+        wait *= 2
 
 
 def scratch_gib(work: Callable[[], object]) -> float:
@@ -137,12 +160,13 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
     case = Case(rows, keys, heads, seed=2)
     work: dict[str, Callable[[int], object]] = {"native": case.native}
     work |= {mode: functools.partial(case.mode, mode) for mode in modes}
-    times: dict[str, list[float]] = {name: [] for name in work}
+    timings: dict[str, list[Timing]] = {name: [] for name in work}
     for step in range(rounds + 3):
         for name, run in work.items():
-            spent = milliseconds(functools.partial(run, step % INPUT_SETS))
+            spent = timed(functools.partial(run, step % INPUT_SETS))
             if step >= 3:
-                times[name].append(spent)
+                timings[name].append(spent)
+    times = {name: [spent.device for spent in of_mode] for name, of_mode in timings.items()}
     native = statistics.median(times["native"])
     return [
         {
@@ -154,6 +178,7 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
             "ms_min": min(values),
             "ms_max": max(values),
             "times_native": native / statistics.median(values),
+            "launch_ms": statistics.median(spent.launch for spent in timings[name]),
             "scratch_gib": scratch_gib(functools.partial(work[name], 0)),
         }
         for name, values in times.items()
@@ -190,7 +215,8 @@ def main() -> int:
                     results.append(row)
                     print(
                         f"H={row['heads']} rows={row['rows']:5d} keys={row['keys']:6d} {row['mode']:17s} "
-                        f"{row['ms']:7.3f} ms  {row['times_native']:5.2f}x  {row['scratch_gib']:.2f} GiB scratch",
+                        f"{row['ms']:7.3f} ms  {row['times_native']:5.2f}x  {row['launch_ms']:.2f} ms to launch  "
+                        f"{row['scratch_gib']:.2f} GiB scratch",
                         flush=True,
                     )
                 if args.json:  # after every case: what was measured outlives what comes
