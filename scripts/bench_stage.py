@@ -5,9 +5,9 @@
 
 native is DeepGEMM's fp8_mqa_logits followed by SGLang's ragged top-k (without the key gather SGLang also runs); a
 mode is everything from q, gates and index pages to cache slots. misa_rerank keeps single tokens as candidates,
-misa_rerank_pages whole pages. The rows are the last ones of a prompt of KEYS tokens.
-Times are the device's, with launches queued ahead; the host's time to launch is given beside them. Before anything is timed, each
-mode must agree with the reference backend on a small case. Needs an sm_90 GPU and SGLang.
+misa_rerank_pages whole pages. The rows are the last ones of a prompt of KEYS tokens. Times are the device's, with
+launches queued ahead; the host's time to launch is given beside them. Before anything is timed, each mode must agree
+with the reference backend on a small case. Needs an sm_90 GPU and SGLang.
 """
 
 import argparse
