@@ -2,9 +2,12 @@
 
     python scripts/profile_stage.py --rows 8192 --keys 131072 --json profile.json
 
-The cases are those of `scripts/bench_stage.py`: the last rows of one prompt. For counters run one mode under Nsight
-Compute: `ncu --set full -k regex:routed_mask python scripts/profile_stage.py --modes misa --runs 1`. Needs an sm_90
-GPU and SGLang.
+The cases are those of `scripts/bench_stage.py`: the last rows of one prompt. For counters run it under Nsight Compute,
+with --runs 0, for two profilers do not go together:
+
+    ncu --clock-control none --set full -k regex:routed_mask python scripts/profile_stage.py --modes misa --runs 0
+
+Needs an sm_90 GPU and SGLang.
 """
 
 import argparse
@@ -42,13 +45,17 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--keys", type=int, default=131072)
     parser.add_argument("--modes", nargs="+", choices=("native", *MODES), default=["native", *MODES])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="0: one call of each mode, without torch's profiler")
     parser.add_argument("--json", help="write the raw results here")
     args = parser.parse_args()
     case = Case(args.rows, args.keys, args.heads, seed=2)
     results = []
     for mode in args.modes:
         work = functools.partial(case.native, 0) if mode == "native" else functools.partial(case.mode, mode, 0)
+        if not args.runs:
+            work()
+            torch.cuda.synchronize()
+            continue
         kernels = kernel_times(work, args.runs)
         results.append({"mode": mode, "heads": args.heads, "rows": args.rows, "keys": args.keys, "kernels": kernels})
         print(f"{mode}: {sum(kernel['ms'] for kernel in kernels):.3f} ms in kernels")
