@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from indexer_kernels.gpu import (
+    bit_list_kernel,
     block_means_kernel,
     block_score_kernel,
     candidate_list_kernel,
@@ -83,7 +84,7 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
         name = "position" if output else "slot"
         builders |= {
             f"group candidate_list {name}": functools.partial(
-                candidate_list_kernel.compile_for, budget, *forced, 0, output
+                candidate_list_kernel.compile_for, budget, *forced, output
             ),
             f"group token_select {name}": functools.partial(token_select_kernel.compile_for, budget, *forced, output),
         }
@@ -109,7 +110,7 @@ def _token_builders(
         sample_kernel.compile_sample_threshold, budget, *forced, False
     )
     builders[f"{mode} candidate_list"] = functools.partial(
-        candidate_list_kernel.compile_for, budget, *forced, routed_scores_kernel.unit_rows(active), False
+        bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, False
     )
     builders["rescan_gather"] = rescan_kernel.compile_gather
     builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
