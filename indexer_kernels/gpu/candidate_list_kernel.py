@@ -1,5 +1,6 @@
-"""Triton kernel that lists what reaches a threshold. One program lists the candidates of one row, from the scan's bits
-or from scores.
+"""Triton kernel that lists the tokens whose score reaches a threshold. One program lists the candidates of one row.
+
+`bit_list_kernel` does the same from the scan's bits.
 """
 
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from indexer_kernels.gpu.sample_kernel import Thresholds
 WORDS = 512  # words of 8 tokens per step
 NUM_WARPS = 4
 DYNAMIC = [
-    "source",
-    "stride",
+    "scores",
+    "score_stride",
     "rows",
     "lengths",
     "thresholds",
@@ -33,11 +34,11 @@ DYNAMIC = [
 
 @triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=DYNAMIC)
 def candidate_list_kernel(
-    source,  # [units, cells, words] int32, the scan's bits; from scores: [places, >= tokens] f32
-    stride,
+    scores,  # [places, >= tokens] f32
+    score_stride,
     rows,  # [places] int32, the query row of each place or -1
     lengths,  # [M] int32
-    thresholds,  # [places] f32, read from scores
+    thresholds,  # [places] f32
     limits,  # [places] int32, the most candidates a list should have
     request,  # [M] int32
     page_table,  # [R, table_width] int32
@@ -51,7 +52,6 @@ def candidate_list_kernel(
     FIRST: tl.constexpr,
     LOCAL: tl.constexpr,
     WORDS: tl.constexpr,
-    UNIT_ROWS: tl.constexpr,  # 0: from scores
     WITH_POSITIONS: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -63,12 +63,7 @@ def candidate_list_kernel(
     length = tl.load(lengths + row)
     prunes = length > BUDGET
     local = tl.maximum(length - LOCAL, FIRST)
-    column = place % 8
-    if UNIT_ROWS == 0:
-        base = source + place.to(tl.int64) * stride
-    else:
-        # Of a cell of 16 keys the row has a word for each half; every fourth bit of it is the row's, a key each.
-        base = source + (place // UNIT_ROWS).to(tl.int64) * stride + place % UNIT_ROWS // 8 * 2 + column % 2
+    base = scores + place.to(tl.int64) * score_stride
     table = page_table + tl.load(request + row).to(tl.int64) * table_width
     out = place.to(tl.int64) * width
     every = tl.full((), 0x11111111, tl.uint32)
@@ -79,15 +74,11 @@ def candidate_list_kernel(
         inside = token < length
         kept = tl.zeros((WORDS,), tl.uint32) + every
         if prunes:
-            if UNIT_ROWS == 0:
-                key = tl.arange(0, 8)
-                seen = (token[:, None] + key[None, :]) < length
-                score = tl.load(base + token[:, None] + key[None, :], mask=seen, other=float("-inf"))
-                reaches = (score >= tl.load(thresholds + place)).to(tl.int32)
-                kept = tl.sum(reaches << (4 * key)[None, :], axis=1).to(tl.uint32, bitcast=True)
-            else:
-                loaded = tl.load(base + word * (UNIT_ROWS // 4), mask=inside, other=0).to(tl.uint32, bitcast=True)
-                kept = (loaded >> (column // 2).to(tl.uint32)) & every
+            key = tl.arange(0, 8)
+            seen = (token[:, None] + key[None, :]) < length
+            score = tl.load(base + token[:, None] + key[None, :], mask=seen, other=float("-inf"))
+            reaches = (score >= tl.load(thresholds + place)).to(tl.int32)
+            kept = tl.sum(reaches << (4 * key)[None, :], axis=1).to(tl.uint32, bitcast=True)
         if (start * 8 < FIRST) | ((start + WORDS) * 8 > local):
             forced = tl.zeros((WORDS,), tl.uint32)
             visible = tl.zeros((WORDS,), tl.uint32)
@@ -141,7 +132,7 @@ def empty_lists(places: int, width: int, with_positions: bool, device: torch.dev
 
 
 def list_candidates(
-    source: torch.Tensor,
+    scores: torch.Tensor,
     rows: torch.Tensor,
     lengths: torch.Tensor,
     thresholds: Thresholds,
@@ -154,15 +145,13 @@ def list_candidates(
 ) -> None:
     """Write to `lists` every token that reaches its place's threshold, the first first_tokens and last local_tokens.
 
-    source [units, cells, words] int32, the bits of `routed_scores_kernel`, or [places, >= tokens] f32; rows [places]
-    int32 (-1: none). A row that sees at most `budget` tokens keeps them all and its source is not read. A list is
-    unsure with fewer than budget tokens, or more than its limit.
+    scores [places, >= tokens] f32, rows [places] int32 (-1: none). A row that sees at most `budget` tokens keeps them
+    all and its scores are not read. A list is unsure with fewer than budget tokens, or more than its limit.
     """
-    unit_rows = 0 if source.dtype == torch.float32 else 2 * source.shape[2]
     if rows.shape[0]:
         candidate_list_kernel[(rows.shape[0],)](
-            source,
-            source.stride(0),
+            scores,
+            scores.stride(0),
             rows,
             lengths,
             *thresholds,
@@ -172,27 +161,24 @@ def list_candidates(
             *lists.written,
             lists.unsure,
             lists.slots.shape[1],
-            **_constants(budget, first_tokens, local_tokens, unit_rows, lists.positions is not None),
+            **_constants(budget, first_tokens, local_tokens, lists.positions is not None),
             num_warps=NUM_WARPS,
         )
 
 
-def _constants(
-    budget: int, first_tokens: int, local_tokens: int, unit_rows: int, with_positions: bool
-) -> dict[str, int | bool]:
+def _constants(budget: int, first_tokens: int, local_tokens: int, with_positions: bool) -> dict[str, int | bool]:
     return {
         "BUDGET": budget,
         "FIRST": first_tokens,
         "LOCAL": local_tokens,
         "WORDS": WORDS,
-        "UNIT_ROWS": unit_rows,
         "WITH_POSITIONS": with_positions,
     }
 
 
-def compile_for(budget: int, first_tokens: int, local_tokens: int, unit_rows: int, with_positions: bool):
-    """The variant for one setting (unit_rows 0: from scores), compiled for sm_90 without a GPU or a launch."""
-    kinds = dict.fromkeys(DYNAMIC, "*i32") | dict.fromkeys(("stride", "table_width", "width"), "i32")
-    kinds |= {"thresholds": "*fp32", "source": "*i32" if unit_rows else "*fp32"}
-    constants = _constants(budget, first_tokens, local_tokens, unit_rows, with_positions)
+def compile_for(budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
+    """The variant for one setting, compiled for sm_90 without a GPU or a launch."""
+    kinds = dict.fromkeys(DYNAMIC, "*i32") | dict.fromkeys(("score_stride", "table_width", "width"), "i32")
+    kinds |= dict.fromkeys(("scores", "thresholds"), "*fp32")
+    constants = _constants(budget, first_tokens, local_tokens, with_positions)
     return compile_sm90(candidate_list_kernel, kinds, constants, {"num_warps": NUM_WARPS})

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from indexer_kernels.gpu import (
+    bit_list_kernel,
     block_means_kernel,
     block_score_kernel,
     candidate_list_kernel,
@@ -76,14 +77,12 @@ def _compile_schedulers(num_heads: int) -> None:
 def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable[[], object]]:
     """The group's size in prefill, single rows in decode; positions for `select_rows`, slots for a server."""
     budget, group, forced = params.candidates, params.group, (PAGE_TOKENS, params.local_tokens)
-    builders: dict[str, Callable[[], object]] = {
-        "group sample_threshold": functools.partial(sample_kernel.compile_sample_threshold, budget, *forced, True),
-    }
+    builders = _threshold_builders("group", budget, forced, True)
     for output in (False, True):
         name = "position" if output else "slot"
         builders |= {
             f"group candidate_list {name}": functools.partial(
-                candidate_list_kernel.compile_for, budget, *forced, 0, output
+                candidate_list_kernel.compile_for, budget, *forced, output
             ),
             f"group token_select {name}": functools.partial(token_select_kernel.compile_for, budget, *forced, output),
         }
@@ -105,11 +104,9 @@ def _token_builders(
         for form in ("scores", "mask")
     }
     builders["sample_keys"] = sample_kernel.compile_sample_keys
-    builders[f"{mode} sample_threshold"] = functools.partial(
-        sample_kernel.compile_sample_threshold, budget, *forced, False
-    )
+    builders |= _threshold_builders(mode, budget, forced, False)
     builders[f"{mode} candidate_list"] = functools.partial(
-        candidate_list_kernel.compile_for, budget, *forced, routed_scores_kernel.unit_rows(active), False
+        bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, False
     )
     builders["rescan_gather"] = rescan_kernel.compile_gather
     builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
@@ -118,6 +115,14 @@ def _token_builders(
         token_scores_kernel.build, active if mode == "misa" else num_heads, 1
     )
     return builders
+
+
+def _threshold_builders(
+    mode: str, budget: int, forced: tuple[int, int], among_all: bool
+) -> dict[str, Callable[[], object]]:
+    """One variant for each number of samples that some context needs."""
+    compile_for = functools.partial(sample_kernel.compile_sample_threshold, budget, *forced, among_all)
+    return {f"{mode} sample_threshold {held}": functools.partial(compile_for, held) for held in sample_kernel.HELD}
 
 
 def _select_builders(

@@ -18,7 +18,8 @@ MOST = 8192  # samples that one program holds in registers; a row with more uses
 SIGMAS = 5.0  # how far a sample may mislead: 3e-7 of rows beyond it if samples were independent
 BITS = 18  # of the threshold's 32 that are searched; the rest are 0, which lets a little more through
 COPY_WARPS = 4
-THRESHOLD_WARPS = 8
+# Samples that a program holds at once, by the longest row of the batch: warps.
+HELD = {1024: 2, 2048: 4, 4096: 8, 8192: 8}
 COPIED = ["pages", "page_scales", "page_table", "table_width", "lengths", "out", "out_scales"]
 SEARCHED = ["scores", "score_stride", "rows", "lengths", "thresholds", "limits"]
 
@@ -74,6 +75,7 @@ def sample_threshold_kernel(
     LOCAL: tl.constexpr,
     CELL: tl.constexpr,
     MOST: tl.constexpr,
+    HELD: tl.constexpr,
     SIGMAS: tl.constexpr,
     BITS: tl.constexpr,
     AMONG_ALL: tl.constexpr,
@@ -98,8 +100,8 @@ def sample_threshold_kernel(
             wanted = (expected + deviations).to(tl.int32)
             limit = BUDGET + (2.0 * deviations).to(tl.int32) * CELL * step
             if wanted < samples:
-                inside = tl.arange(0, MOST) < samples
-                column = first + tl.arange(0, MOST) * step
+                inside = tl.arange(0, HELD) < samples
+                column = first + tl.arange(0, HELD) * step
                 if AMONG_ALL:
                     column = sampled_token(column, CELL)
                 at = scores + place.to(tl.int64) * score_stride
@@ -189,25 +191,34 @@ def sample_threshold(
     places = rows.shape[0]
     found = Thresholds(scores.new_empty(places), rows.new_empty(places))
     if places:
+        held = held_for(scores.shape[1] // CELL if among_all else scores.shape[1])
         sample_threshold_kernel[(places,)](
             scores,
             scores.stride(0),
             rows,
             lengths,
             *found,
-            **_search_constants(budget, first_tokens, local_tokens, among_all),
-            num_warps=THRESHOLD_WARPS,
+            **_search_constants(budget, first_tokens, local_tokens, among_all, held),
+            num_warps=HELD[held],
         )
     return found
 
 
-def _search_constants(budget: int, first_tokens: int, local_tokens: int, among_all: bool) -> dict[str, int | float]:
+def held_for(samples: int) -> int:
+    """The smallest compiled number of held samples that takes rows of at most `samples`; MOST for more."""
+    return next((held for held in HELD if min(samples, MOST) <= held), MOST)
+
+
+def _search_constants(
+    budget: int, first_tokens: int, local_tokens: int, among_all: bool, held: int
+) -> dict[str, int | float]:
     return {
         "BUDGET": budget,
         "FIRST": first_tokens,
         "LOCAL": local_tokens,
         "CELL": CELL,
         "MOST": MOST,
+        "HELD": held,
         "SIGMAS": SIGMAS,
         "BITS": BITS,
         "AMONG_ALL": among_all,
@@ -222,8 +233,8 @@ def compile_sample_keys():
     return compile_sm90(sample_keys_kernel, kinds, constants, {"num_warps": COPY_WARPS})
 
 
-def compile_sample_threshold(budget: int, first_tokens: int, local_tokens: int, among_all: bool):
-    """The search for one setting, compiled for sm_90 without a GPU or a launch."""
+def compile_sample_threshold(budget: int, first_tokens: int, local_tokens: int, among_all: bool, held: int):
+    """The search for one setting and number of held samples, compiled for sm_90 without a GPU or a launch."""
     kinds = dict.fromkeys(SEARCHED, "*i32") | {"score_stride": "i32", "scores": "*fp32", "thresholds": "*fp32"}
-    constants = _search_constants(budget, first_tokens, local_tokens, among_all)
-    return compile_sm90(sample_threshold_kernel, kinds, constants, {"num_warps": THRESHOLD_WARPS})
+    constants = _search_constants(budget, first_tokens, local_tokens, among_all, held)
+    return compile_sm90(sample_threshold_kernel, kinds, constants, {"num_warps": HELD[held]})

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from indexer_kernels.gpu import token_scores_kernel
-from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
+from indexer_kernels.gpu.bit_list_kernel import list_bits
+from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists
 from indexer_kernels.gpu.rescan_kernel import rescan
 from indexer_kernels.gpu.routed import Keys, Routed, cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.sample_kernel import CELL, Sample, list_width, sample_keys, sample_threshold
@@ -120,11 +121,11 @@ def candidate_lists(
         work, routed, cache_keys(work), pages_of(scanned_length), tiles, mask_width, "mask", thresholds.scores
     )
     lists = empty_lists(rows.shape[0], width, not work.slots, rows.device)
-    list_candidates(
+    list_bits(
         mask,
         rows,
         plan.row_lengths,
-        thresholds,
+        thresholds.limits,
         plan.row_request,
         work.page_table,
         lists,

@@ -41,7 +41,7 @@ def test_pick_does_not_spill(slots, tmp_path):
 def test_both_phases_are_compiled_ahead():
     """Groups in prefill, single rows in decode."""
     assert set(kernel_builders(IndexerParams(group=2), 32, ("group_rerank",))) == {
-        "group sample_threshold",
+        *(f"group sample_threshold {held}" for held in (1024, 2048, 4096, 8192)),
         *(f"group {kernel} {output}" for kernel in ("candidate_list", "token_select") for output in OUTPUTS),
         *(f"group_proxies {rows}" for rows in (1, 2)),
         *(f"token_scores {rows} H=32" for rows in (1, 2)),

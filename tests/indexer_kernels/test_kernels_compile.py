@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 
 from indexer_kernels.gpu import (
+    bit_list_kernel,
     block_means_kernel,
     block_score_kernel,
     candidate_list_kernel,
@@ -69,6 +70,16 @@ def test_compiles_without_spills_and_keeps_its_products(name, tmp_path):
         assert kernel.count(opcode) == number, f"{name}: {kernel.count(opcode)} {opcode}, expected {number}"
 
 
+@pytest.mark.parametrize(("unit_rows", "with_positions"), [(32, False), (32, True), (16, False)])
+def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, with_positions, tmp_path):
+    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, 8192, 64, 128, with_positions)
+    kernel = compile_sm90a(prim_func, tmp_path, bit_list_kernel.CONFIGS)
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    assert f"__launch_bounds__({bit_list_kernel.ROWS * 32}, {bit_list_kernel.CTAS_PER_SM})" in kernel.source
+    # A barrier that TileLang adds would stand where only the warps with tokens left come by.
+    assert kernel.source.count("__syncthreads()") == 1
+
+
 @pytest.mark.parametrize("capacity", page_select_kernel.CAPACITIES)
 @pytest.mark.parametrize(("budget", "unit_pages", "values"), [(128, 1, 4), (64, 2, 1)])
 def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_path):
@@ -87,9 +98,8 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
     [
         (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
         (sample_kernel.compile_sample_keys, None),
-        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, 32, False), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, 0, True), None),
+        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False, 8192), None),
+        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True), None),
         (rescan_kernel.compile_gather, None),
         (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
         (lambda: rescan_kernel.compile_choice(8, 8192, 64, 128, False), "QGMMA.64x16x32"),
@@ -98,7 +108,6 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
         "token_select",
         "sample_keys",
         "sample_threshold",
-        "list from bits",
         "list from scores",
         "rescan_gather",
         "rescan_scores",
@@ -139,7 +148,12 @@ def test_runtime_arguments_do_not_specialise(kernel, dynamic):
 
 ROUTING = {"block_means 128", "head_route H=64", "routed_pack H=64"}
 SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
-STEPS = ("sample_threshold", "candidate_list", "rescan_choice", "token_scores")
+STEPS = (
+    *(f"sample_threshold {held}" for held in sample_kernel.HELD),
+    "candidate_list",
+    "rescan_choice",
+    "token_scores",
+)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +179,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
 
     for module in (
         head_route_kernel,
+        bit_list_kernel,
         block_means_kernel,
         block_score_kernel,
         routed_pack_kernel,

@@ -1,4 +1,5 @@
-"""Runs the token kernels in Triton's interpreter, on a CPU, against the references.
+"""Runs the token kernels on a CPU, against the references: those of Triton in its interpreter, the lists of TileLang
+by `emulated_cuda`.
 
 A program of its own: the interpreter is chosen when triton is imported, and must not reach the tests that compile.
 
@@ -11,11 +12,13 @@ import torch
 
 from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import (
+    bit_list_kernel,
     candidate_list_kernel,
     rescan_kernel,
     sample_kernel,
     token_select_kernel,
 )
+from indexer_kernels.gpu.bit_list_kernel import list_bits
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
 from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
 from indexer_kernels.gpu.sample_kernel import Thresholds
@@ -23,10 +26,11 @@ from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.row_plan import TILE_ROWS
+from tests.support.emulated_cuda import build_bit_list
 from tests.support.inputs import Batch, make_batch, slots_of
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40, active_heads=2, route_block=64)
-SHAPES = (([700, 131, 1, 385, 384], [6, 3, 1, 3, 2]), ([1500], [5]))
+SHAPES = (([700, 131, 1, 385, 384], [6, 3, 1, 3, 2]), ([1500], [5]), ([5000], [3]))  # the last: several chunks
 
 
 def scores_of(values: str, rows: int, columns: int) -> torch.Tensor:
@@ -122,7 +126,7 @@ def check_lists(batch: Batch, values: str) -> None:
     row_of = (places, plan.row_lengths, plan.row_request, batch.page_table)
     reached = Thresholds(thresholds, limits)
     lists = empty_lists(len(places), width, True, torch.device("cpu"))
-    list_candidates(mask, *row_of[:2], reached, *row_of[2:], lists, budget, *forced)
+    list_bits(mask, *row_of[:2], limits, *row_of[2:], lists, budget, *forced)
     unsure = lists.unsure.tolist()
     for place, row in enumerate(places.tolist()):
         if row < 0:
@@ -219,6 +223,7 @@ def check_threshold(batch: Batch) -> None:
 def main() -> None:
     token_select_kernel.BLOCK = 512  # several blocks a row on short rows
     candidate_list_kernel.WORDS = 64
+    bit_list_kernel.build = build_bit_list
     compared = 0
     for lengths, rows in SHAPES:
         for num_heads, values in ((64, "normal"), (32, "ties")):

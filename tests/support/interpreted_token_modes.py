@@ -1,7 +1,7 @@
 """Runs misa and misa_rerank of the gpu backend in Triton's interpreter, on a CPU, against the references.
 
-A program of its own, like `interpreted_kernels`; what TileLang compiles, head routing, the scan and the scores of a
-list, is computed by the reference.
+A program of its own, like `interpreted_kernels`; what multiplies matrices in TileLang, head routing, the scan and the
+scores of a list, is computed by the reference.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_token_modes
 
@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import candidate_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
+from indexer_kernels.gpu import bit_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.routed import Keys, Routed
 from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
@@ -22,6 +22,7 @@ from indexer_kernels.reference.routing import route_heads, routing_scores
 from indexer_kernels.reference.scores import block_means, token_scores
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
+from tests.support.emulated_cuda import build_bit_list
 from tests.support.inputs import Batch, make_batch
 from tests.support.interpreted_kernels import packed_heads
 
@@ -103,7 +104,7 @@ def check_modes(batch: Batch) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK, candidate_list_kernel.WORDS = 512, 64
+    token_select_kernel.BLOCK, bit_list_kernel.build = 512, build_bit_list
     token_modes.routed_scan, token_modes.token_scores = float_scan, float_token_scores
     token_modes.num_sms = lambda _device: 2
     compared = 0

@@ -31,18 +31,18 @@ class Sm90aKernel:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
 
 
-def lower(prim_func) -> str:
+def lower(prim_func, configs: dict = PASS_CONFIGS) -> str:
     """The CUDA source TileLang generates for a prim_func."""
     target = tvm.target.Target(TARGET)
-    with tvm.transform.PassContext(opt_level=3, config=dict(PASS_CONFIGS)), target:
+    with tvm.transform.PassContext(opt_level=3, config=dict(configs)), target:
         return tilelang.lower(
             prim_func, target=target, enable_host_codegen=False, enable_device_compile=False
         ).kernel_source
 
 
-def compile_sm90a(prim_func, folder: Path) -> Sm90aKernel:
+def compile_sm90a(prim_func, folder: Path, configs: dict = PASS_CONFIGS) -> Sm90aKernel:
     """Lower, compile with ptxas's resource report, disassemble."""
-    source = lower(prim_func)
+    source = lower(prim_func, configs)
     path, cubin = folder / "kernel.cu", folder / "kernel.cubin"
     path.write_text(source)
     nvcc = shutil.which("nvcc")

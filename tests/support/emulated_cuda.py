@@ -1,0 +1,85 @@
+"""Runs the CUDA that TileLang generates on a CPU: kernels of integer and warp instructions, without matrix products.
+
+The source is compiled by g++ against `emulated_cuda.h`, whose barriers and shuffles wait for all threads that CUDA's
+wait for: a missing barrier, or one that not every thread reaches, shows as a wrong result or an error.
+"""
+
+import ctypes
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from indexer_kernels.gpu import bit_list_kernel
+from tests.support.sm90a import lower
+
+
+def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) -> Callable[..., None]:
+    """The kernel as TileLang would return it, called with the prim_func's arguments; blocks: how many there are, from
+    the values of its dynamic dimensions.
+    """
+    source = lower(prim_func, configs)
+    source = source[source.index('extern "C"') :].replace(
+        "extern __shared__ __align__(1024) uchar buf_dyn_shmem[];", ""
+    )
+    name, parameters = re.search(r"void (\w+)\(([^)]*)\);", source).groups()
+    threads = int(re.search(r"__launch_bounds__\((\d+)", source).group(1))
+    declared = [parameter.replace("__restrict__", "").strip() for parameter in parameters.split(",")]
+    names = [parameter.split()[-1].lstrip("*") for parameter in declared]
+    entry = "".join(f"static {parameter}_;\n" for parameter in declared)
+    entry += f'extern "C" int emulated_launch(int blocks, {", ".join(declared)}) {{\n'
+    entry += "".join(f"  {n}_ = {n};\n" for n in names)
+    arguments = ", ".join(f"{n}_" for n in names)
+    entry += f"  return emulated::launch(blocks, {threads}, [] {{ {name}({arguments}); }});\n}}\n"
+    function = _compiled(f"{Path(__file__).with_name('emulated_cuda.h').read_text()}\n{source}\n{entry}")
+
+    def call(*values: torch.Tensor | int) -> None:
+        given = dict(zip((parameter.name for parameter in prim_func.params), values, strict=True))
+        given = {name.removesuffix("_handle"): value for name, value in given.items()}
+        dims = {}
+        for parameter, buffer in prim_func.buffer_map.items():
+            tensor = given[parameter.name.removesuffix("_handle")]
+            assert tensor.is_contiguous() and tensor.ndim == len(buffer.shape), (parameter.name, tensor.shape)
+            for size, dim in zip(tensor.shape, buffer.shape, strict=True):
+                _bind(dims, dim, size)
+        passed = {**given, **dims}
+        pointers = [
+            ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int(value)
+            for value in (passed[n] for n in names)
+        ]
+        assert function(blocks(dims), *pointers), f"{name}: threads wait for each other"
+
+    return call
+
+
+def _bind(dims: dict[str, int], dim, size: int) -> None:
+    """A dynamic dimension is a name, a number, or a name times a number."""
+    factor = 1
+    if hasattr(dim, "b"):
+        dim, factor = dim.a, int(dim.b)
+    if hasattr(dim, "name"):
+        assert size % factor == 0 and dims.setdefault(dim.name, size // factor) == size // factor, (dim.name, size)
+    else:
+        assert int(dim) == size
+
+
+def _compiled(source: str):
+    folder = Path(tempfile.mkdtemp(prefix="emulated_cuda_"))
+    (folder / "kernel.cpp").write_text(source)
+    command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", "-w", "-fno-strict-aliasing"]
+    command += ["-o", str(folder / "kernel.so"), str(folder / "kernel.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ctypes.CDLL(str(folder / "kernel.so")).emulated_launch
+
+
+@functools.cache
+def build_bit_list(unit_rows: int, *setting: int | bool) -> Callable[..., None]:
+    """In place of `bit_list_kernel.build`."""
+    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, *setting)
+    parts = unit_rows // bit_list_kernel.ROWS
+    return emulated(prim_func, bit_list_kernel.CONFIGS, lambda dims: dims["num_units"] * parts)
