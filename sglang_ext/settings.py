@@ -50,7 +50,7 @@ class Settings:
     native_layers: tuple[int, ...] = _setting((), "layers that keep SGLang's own indexer, as in `0-2,60`")
     native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")
     prefill_min_tokens: int = _setting(
-        0, "`auto`: prefill of shorter contexts stays native; 0: the measured break-even, 49152 with 64 heads"
+        0, "`auto`: prefill of shorter contexts stays native; 0: the measured break-even, 40960 with 64 heads"
     )
     prefill_min_rows: int = _setting(2048, "`auto`: prefill of fewer rows stays native")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")

@@ -18,7 +18,7 @@ from sglang_ext.policy import (
 )
 from sglang_ext.settings import SERVE_MODES, Settings
 
-LONG = 49152  # the break-even of 64 heads
+LONG = 40960  # the break-even of 64 heads
 ROWS = Settings().prefill_min_rows
 
 
@@ -46,9 +46,9 @@ TABLE = [
     (Settings(prefill_min_tokens=100), prefill(99), Decision("native", "below_break_even")),
     (Settings(mode="native", prefill_mode="auto"), prefill(LONG), Decision(AUTO_PREFILL, "auto_selected")),
     # the break-even is the model's, the largest where its heads are not known
-    (Settings(), prefill(73728)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
-    (Settings(), prefill(106495)._replace(heads=32), Decision("native", "below_break_even")),
-    (Settings(), prefill(106495)._replace(heads=0), Decision("native", "below_break_even")),
+    (Settings(), prefill(57344)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
+    (Settings(), prefill(57343)._replace(heads=32), Decision("native", "below_break_even")),
+    (Settings(), prefill(57343)._replace(heads=0), Decision("native", "below_break_even")),
     (Settings(prefill_min_tokens=100), prefill(100)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
     # few rows
     (Settings(), prefill(LONG)._replace(rows=ROWS - 1), Decision("native", "few_rows")),
