@@ -183,7 +183,7 @@ def run(args: argparse.Namespace, server_arguments: Sequence[str]) -> None:
         "set": sorted(args.set),
         "server_arguments": list(server_arguments),
         "servers": {
-            mode: {"url": c.url, "model": c.model, "plugin": comparable(c.plugin_status())}
+            mode or "all modes": {"url": c.url, "model": c.model, "plugin": comparable(c.plugin_status())}
             for mode, c in clients.items()
         },
     }

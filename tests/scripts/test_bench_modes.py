@@ -117,6 +117,7 @@ def test_a_url_per_mode_must_run_that_mode(tmp_path, capsys):
         assert len(plain.prompts) == len(hisa.prompts) == 2
         assert bench(tmp_path / "wrong", "--url", f"native={plain.url}", f"misa={hisa.url}", *ONE) == 2
         assert "that server's prefill mode is hisa" in capsys.readouterr().out
+        assert len(hisa.prompts) == 2, "refused before anything is measured"
 
 
 def test_a_mode_that_did_not_run_fails_and_is_not_recorded(tmp_path, capsys):
