@@ -197,17 +197,24 @@ def switch(client: Client, mode: str) -> None:
     client.flush()
 
 
-def device_runs(status: Mapping[str, Any] | None, mode: str) -> int:
-    """Prefill forwards of the mode that the GPU counted."""
-    return 0 if status is None else status["device_runs"].get(f"prefill/{mode}", 0)
+def device_runs(status: Mapping[str, Any] | None, mode: str, phase: str = "prefill") -> int:
+    """Forwards of the mode that the GPU counted."""
+    return 0 if status is None else status["device_runs"].get(f"{phase}/{mode}", 0)
 
 
-def check_ran(mode: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, when: str) -> None:
+def check_ran(
+    mode: str,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    when: str,
+    phase: str = "prefill",
+) -> None:
     """RuntimeError where device_runs of a mode that was asked for did not rise."""
-    if mode in UNPROVEN or device_runs(after, mode) > device_runs(before, mode):
+    runs = device_runs(after, mode, phase)
+    if mode in UNPROVEN or runs > device_runs(before, mode, phase):
         return
     raise RuntimeError(
-        f"mode {mode} did not run: device_runs of prefill/{mode} stayed at {device_runs(after, mode)} {when}; "
+        f"mode {mode} did not run: device_runs of {phase}/{mode} stayed at {runs} {when}; "
         "see `forwards` in /server_info for the reason"
     )
 

@@ -28,6 +28,7 @@ ARGUMENTS = [
     "--watchdog-timeout=900",
 ]
 START_LIMIT_S = 420
+SERVE = (sys.executable, "-m", "sglang_ext.cli", "serve")
 
 
 class Server:
@@ -36,6 +37,9 @@ class Server:
     def __init__(self, url: str, start_s: float) -> None:
         self.url = url
         self.start_s = start_s
+
+    def check_alive(self) -> None:
+        """RuntimeError with the end of its log where the server is a process of ours and has ended."""
 
     def call(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 600) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -71,6 +75,24 @@ class Server:
             raise RuntimeError(f"the server did not switch its prefill to {mode}: {reply}")
 
 
+class LaunchedServer(Server):
+    """A server that is a child process of ours. log: the file its output goes to."""
+
+    def __init__(self, url: str, start_s: float, process: subprocess.Popen, log: Path) -> None:
+        super().__init__(url, start_s)
+        self.process = process
+        self.log = log
+
+    def check_alive(self) -> None:
+        if (code := self.process.poll()) is not None:
+            raise RuntimeError(f"the server ended (exit code {code}); the end of {self.log}:\n{end_of(self.log)}")
+
+
+def end_of(log: Path, lines: int = 40) -> str:
+    """The last lines of a text file."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
 @contextmanager
 def launch(
     model: Path,
@@ -80,14 +102,17 @@ def launch(
     environ: Mapping[str, str],
     port: int = 30000,
     dummy_weights: bool = True,
-) -> Iterator[Server]:
+    arguments: Sequence[str] = ARGUMENTS,
+    start_limit_s: float = START_LIMIT_S,
+) -> Iterator[LaunchedServer]:
     """`sglang-ext serve` on the model; ended by its own process group when the block ends.
 
-    dummy_weights: the model folder holds none, SGLang makes them up.
+    dummy_weights: the model folder holds none, SGLang makes them up. arguments: what every server gets, before `extra`.
+    RuntimeError with the end of the log where the server is not healthy after start_limit_s seconds.
     """
-    command = [sys.executable, "-m", "sglang_ext.cli", "serve"]
+    command = [*SERVE]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    command += ["--model-path", str(model), f"--port={port}", *ARGUMENTS]
+    command += ["--model-path", str(model), f"--port={port}", *arguments]
     command += ["--load-format=dummy"] * dummy_weights + [*extra]
     began = time.perf_counter()
     with log.open("w") as output:
@@ -96,8 +121,8 @@ def launch(
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(url, process, log, began)
-            yield Server(url, time.perf_counter() - began)
+            _wait_until_healthy(url, process, log, began, start_limit_s)
+            yield LaunchedServer(url, time.perf_counter() - began, process, log)
         finally:
             _end(process)
 
@@ -114,8 +139,8 @@ def _end(process: subprocess.Popen) -> None:
             return
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path, began: float) -> None:
-    while time.perf_counter() - began < START_LIMIT_S:
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path, began: float, limit_s: float) -> None:
+    while time.perf_counter() - began < limit_s:
         if process.poll() is not None:
             break
         try:
@@ -123,5 +148,4 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path, began: f
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-    raise RuntimeError(f"the server did not become healthy (exit code {process.poll()}):\n{tail}")
+    raise RuntimeError(f"the server did not become healthy (exit code {process.poll()}):\n{end_of(log)}")

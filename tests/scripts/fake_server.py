@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,10 +13,15 @@ class FakeServer:
     """answer: prompt -> completion. stuck: modes that answer but never run. plugin: whether /server_info knows it."""
 
     def __init__(
-        self, answer: Callable[[str], str], stuck: tuple[str, ...] = (), plugin: bool = True, switchable: bool = True
+        self,
+        answer: Callable[[str], str],
+        stuck: tuple[str, ...] = (),
+        plugin: bool = True,
+        switchable: bool = True,
+        port: int = 0,
     ) -> None:
         self.answer, self.stuck, self.plugin, self.switchable = answer, stuck, plugin, switchable
-        self.mode = "native"
+        self.mode, self.port = "native", port
         self.device_runs: dict[str, int] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []  # (mode, body) of completions
         self.calls: list[str] = []  # paths and switches, in order
@@ -24,7 +29,7 @@ class FakeServer:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "FakeServer":
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -74,12 +79,22 @@ class FakeServer:
         class Handler(BaseHTTPRequestHandler):
             def _send(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                status, body = fake.reply(self.path, json.loads(self.rfile.read(length) or "{}"))
+                status, body = fake.reply(self.path.partition("?")[0], json.loads(self.rfile.read(length) or "{}"))
+                if isinstance(body, Iterator):
+                    return self._stream(body)
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+
+            def _stream(self, pieces: Iterator[str]) -> None:
+                self.send_response(200)
+                self.end_headers()
+                for piece in pieces:
+                    self.wfile.write(piece.encode())
+                    self.wfile.flush()
+                self.close_connection = True
 
             do_GET = do_POST = _send
 
