@@ -2,14 +2,16 @@
 layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.row_groups import RowGroups, group_rows
 
+Derived = TypeVar("Derived")
 TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
 
 
@@ -40,6 +42,7 @@ class RowPlan:
     row_place: torch.Tensor
     host_rows: tuple[torch.Tensor, torch.Tensor] | None = None
     _groups: dict[int, RowGroups] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -48,6 +51,17 @@ class RowPlan:
     @property
     def num_tiles(self) -> int:
         return self.tile_request.shape[0]
+
+    def kept(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What make() derives from the plan alone, made once for all layers; `key` names it.
+
+        Of a plan made from device lengths it is made at every call: they may be written anew under the plan.
+        """
+        if self.host_rows is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def groups(self, group: int) -> RowGroups:
         """The rows by groups that share one scan, on the plan's device. Made and uploaded once, for all layers.

@@ -10,7 +10,8 @@ from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
 from indexer_kernels.gpu.sample_kernel import list_width, sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.gpu.token_select_kernel import token_select
-from indexer_kernels.gpu.work import Work, row_tables, slices, table_pages
+from indexer_kernels.gpu.work import Work, counting, row_tables, slices, table_pages
+from indexer_kernels.row_plan import RowPlan
 
 SCAN_GROUPS = 1024  # of one call to DeepGEMM, which gets a power of two: 0.6 GiB of scores at 128K tokens
 
@@ -19,13 +20,8 @@ def group_rerank(work: Work) -> None:
     """The mean query of a group scans all tokens; every row of the group re-ranks what that found, with all heads."""
     plan, params = work.plan, work.params
     rows, row_place = plan.groups(params.group)
-    first = rows[:, 0].long()
-    request = plan.row_request[first]
-    start = torch.div(plan.row_lengths[first] - 1, params.group, rounding_mode="floor") * params.group
-    scanned = (start + 1).clamp_min(0)  # what the group's first position sees, present or not; 0: rows without tokens
+    request, scanned, lengths = plan.kept(("groups", params.group), lambda: _facts(plan, params.group))
     chosen = _scan(work, rows, request, scanned)
-
-    lengths = torch.where(rows >= 0, plan.row_lengths[rows.clamp_min(0).long()], 0)
     counts = torch.where(lengths > 0, chosen.counts[:, None] + lengths - scanned[:, None], 0)
     groups = GroupList(chosen, rows, request, scanned, counts.amax(dim=1))
     best = torch.empty((rows.numel(), params.top_k), dtype=torch.int32, device=rows.device)
@@ -38,13 +34,24 @@ def group_rerank(work: Work) -> None:
     group_pick(best, row_place, work.page_table, groups, work.slots, work.out)
 
 
+def _facts(plan: RowPlan, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each group its page-table row [G] and what its first position sees, present or not [G] (0: rows without
+    tokens); and the length of each of its rows [G, W], 0 for none. All int32.
+    """
+    rows = plan.groups(group).rows
+    first = rows[:, 0].long()
+    start = torch.div(plan.row_lengths[first] - 1, group, rounding_mode="floor") * group
+    lengths = torch.where(rows >= 0, plan.row_lengths[rows.clamp_min(0).long()], 0)
+    return plan.row_request[first], (start + 1).clamp_min(0), lengths
+
+
 def _scan(work: Work, rows: torch.Tensor, request: torch.Tensor, scanned: torch.Tensor) -> Lists:
     """The candidates of each group among its scanned [G] tokens; rows [G, W] as in `RowGroups`, request [G]."""
     num_groups, width, params = rows.shape[0], table_pages(work), work.params
     budget, forced = params.candidates, (PAGE_TOKENS, params.local_tokens)
     columns = list_width(budget, work.plan.max_length, token_scores_kernel.TILE)
     chosen = empty_lists(num_groups, columns, not work.slots, rows.device)
-    group = torch.arange(num_groups, dtype=torch.int32, device=rows.device)
+    group = counting(work.plan, num_groups)
     each = width * PAGE_TOKENS * 4 + work.q.shape[1] * (HEAD_DIM + 4)
     for part in slices(num_groups, each, most=SCAN_GROUPS):
         proxies = group_proxies(work.q, work.weights, rows[part])

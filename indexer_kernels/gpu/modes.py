@@ -7,7 +7,17 @@ from indexer_kernels.gpu.deep_gemm_logits import MOST_ROWS, paged_logits
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
-from indexer_kernels.gpu.work import BLOCK_TILE, Work, block_means, num_sms, pages_of, row_tables, slices, table_pages
+from indexer_kernels.gpu.work import (
+    BLOCK_TILE,
+    Work,
+    block_means,
+    counting,
+    num_sms,
+    pages_of,
+    row_tables,
+    slices,
+    table_pages,
+)
 from indexer_kernels.row_plan import TILE_ROWS
 
 
@@ -54,7 +64,7 @@ def hisa(work: Work) -> None:
         plan.tile_request,
         plan.tile_rows,
         plan.tile_length,
-        torch.arange(splits, dtype=torch.int32, device=work.q.device),
+        counting(plan, splits),
         scores,
         params.top_blocks * params.block_size,
     )

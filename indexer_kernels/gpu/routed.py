@@ -6,7 +6,7 @@ import torch
 
 from indexer_kernels.gpu import head_route_kernel, routed_pack_kernel, routed_scores_kernel
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
-from indexer_kernels.gpu.work import Work, block_means, num_sms
+from indexer_kernels.gpu.work import Work, block_means, counting, num_sms
 from indexer_kernels.row_plan import TILE_ROWS
 
 VALUES = {"scores": PAGE_TOKENS, "maxima": PAGE_TOKENS // WARP_KEYS, "mask": PAGE_TOKENS // WARP_KEYS}
@@ -89,7 +89,7 @@ def routed_scan(
         work.plan.tile_request[tiles],
         tile_pages[tiles],
         thresholds.view(-1, routed_scores_kernel.GROUP_ROWS),
-        torch.arange(scan_shares(units, work.q.device), dtype=torch.int32, device=work.q.device),
+        counting(work.plan, scan_shares(units, work.q.device)),
         out,
     )
     return out

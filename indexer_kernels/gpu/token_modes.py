@@ -18,8 +18,8 @@ from indexer_kernels.gpu.rescan_kernel import rescan
 from indexer_kernels.gpu.routed import Keys, Routed, cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.sample_kernel import CELL, Sample, list_width, sample_keys, sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
-from indexer_kernels.gpu.work import Work, num_sms, pages_of, slices, table_pages
-from indexer_kernels.row_plan import TILE_ROWS
+from indexer_kernels.gpu.work import Work, counting, num_sms, pages_of, slices, table_pages
+from indexer_kernels.row_plan import TILE_ROWS, RowPlan
 
 ENTRY_BYTES = 12  # of a list's entry: position, slot and score
 CELL_BYTES = TILE_ROWS * WARP_KEYS // 8  # of the mask: one bit for each row of a tile and each key of a cell
@@ -33,7 +33,7 @@ def misa(work: Work) -> None:
         active_heads = routed.heads.shape[1]
         q = routed.q.view(-1, active_heads, 8, HEAD_DIM).transpose(1, 2).contiguous()
         gate = routed.gate.view(-1, active_heads, 8).transpose(1, 2).contiguous()
-        own_row = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        own_row = counting(work.plan, rows.shape[0])
         return token_scores(work, q.view(-1, active_heads, HEAD_DIM), gate.view(-1, active_heads), own_row, lists)
 
     _select(work, work.params.top_k, 0, 0, scores)
@@ -93,6 +93,15 @@ def _select(
     torch.index_select(place_out, 0, plan.row_place, out=work.out)
 
 
+def scanned_pages(plan: RowPlan, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of the sample, and of the cache, that the scans of each tile go through: int32 [T], [T].
+
+    0 where all rows of a tile fit the budget: they keep every token.
+    """
+    length = torch.where(plan.tile_length > budget, plan.tile_length, 0)
+    return pages_of((length + CELL - 1) // CELL), pages_of(length)
+
+
 def candidate_lists(
     work: Work,
     routed: Routed,
@@ -107,19 +116,15 @@ def candidate_lists(
     first first_tokens and last local_tokens counted in.
     """
     plan, active_heads = work.plan, work.params.active_heads
-    # A tile whose rows all fit the budget keeps every token: nothing to scan.
-    scanned_length = torch.where(plan.tile_length > budget, plan.tile_length, 0)
+    sample_pages, pages = plan.kept(("scanned pages", budget), lambda: scanned_pages(plan, budget))
     rows = plan.tile_rows[tiles].flatten()
     sampled = Keys(sample.keys, sample.scales, sample.page_table)
-    sample_pages = pages_of((scanned_length + CELL - 1) // CELL)
     sample_width = whole_stages(sample.page_table.shape[1], active_heads)
     scores = routed_scan(work, routed, sampled, sample_pages, tiles, sample_width, "scores")
     thresholds = sample_threshold(scores, rows, plan.row_lengths, budget, first_tokens, local_tokens)
     del scores  # before the lists are allocated
     mask_width = whole_stages(table_pages(work), active_heads)
-    mask = routed_scan(
-        work, routed, cache_keys(work), pages_of(scanned_length), tiles, mask_width, "mask", thresholds.scores
-    )
+    mask = routed_scan(work, routed, cache_keys(work), pages, tiles, mask_width, "mask", thresholds.scores)
     lists = empty_lists(rows.shape[0], width, not work.slots, rows.device)
     list_bits(
         mask,

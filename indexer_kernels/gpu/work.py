@@ -66,6 +66,12 @@ def table_pages(work: Work) -> int:
     return min(work.page_table.shape[1], -(-work.plan.max_length // PAGE_TOKENS))
 
 
+def counting(plan: RowPlan, count: int) -> torch.Tensor:
+    """0 .. count - 1, int32 on the plan's device."""
+    device = plan.row_lengths.device
+    return plan.kept(("counting", count), lambda: torch.arange(count, dtype=torch.int32, device=device))
+
+
 def row_tables(work: Work, request: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The page table of each row for DeepGEMM: int32 [M, table_pages]; request, lengths [M] int32.
 

@@ -81,3 +81,18 @@ def test_plan_decode_follows_its_lengths():
     plan = plan_decode(row_lengths, 1)
     row_lengths += 10
     assert plan.row_lengths.tolist() == plan.request_lengths.tolist() == plan.tile_length.tolist() == [13, 14]
+
+
+def test_what_a_plan_derives_is_made_once_for_all_layers():
+    plan = plan_extend([100], [40])
+    assert plan.kept("lengths", lambda: plan.row_lengths * 2) is plan.kept("lengths", lambda: plan.row_lengths * 2)
+    assert plan.kept("other", lambda: plan.row_lengths * 3)[0] == 303
+
+
+def test_what_a_decode_plan_derives_follows_its_lengths():
+    """A captured graph writes new lengths to the tensor that the plan was made from."""
+    lengths = torch.tensor([5, 9], dtype=torch.int32)
+    plan = plan_decode(lengths, 4)
+    assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [10, 18]
+    lengths += 1
+    assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [12, 20]
