@@ -12,17 +12,16 @@ from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import block_score_kernel, head_route_kernel
 from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
-from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
-from indexer_kernels.reference.candidates import forced_units, visible_units
-from indexer_kernels.reference.choice import keep_within_budget
+from indexer_kernels.reference.candidates import visible_units
 from indexer_kernels.reference.routing import routing_scores
 from indexer_kernels.reference.scores import block_means, block_scores, token_scores
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.gpu_calls import work_of
 from tests.support.inputs import Batch, make_batch
+from tests.support.page_choice import check_choice
 
 pytestmark = pytest.mark.gpu
 
@@ -172,39 +171,11 @@ def test_block_score(batch):
 @pytest.mark.parametrize(("budget", "unit_pages", "values"), [(8, 1, 4), (16, 2, 1), (128, 1, 1)])
 def test_page_select_is_exact(shape, budget, unit_pages, values, ties):
     batch = make_batch(*shape, device="cuda", seed=5)
-    plan, unit, local = batch.plan, 64 * unit_pages, 100
-    max_units = -(-plan.max_length // unit)
-    scores = torch.randn(plan.num_tiles * TILE_ROWS, max_units * values + 8, device="cuda")
+    max_units = -(-batch.plan.max_length // (64 * unit_pages))
+    scores = torch.randn(batch.plan.num_tiles * TILE_ROWS, max_units * values + 8, device="cuda")
     if ties:
         scores = (scores * 2).round() * torch.where(torch.rand_like(scores) < 0.5, 1.0, -1.0)
-    chosen = empty_candidates(plan.num_rows, budget * unit_pages, torch.device("cuda"))
-    chosen.physical.fill_(-7)
-    rows = plan.tile_rows.flatten()
-    page_select(
-        scores,
-        rows,
-        plan.row_lengths,
-        plan.row_request,
-        batch.page_table,
-        chosen,
-        plan.max_length,
-        unit_pages,
-        values,
-        local,
-    )
-    unit_scores = scores[plan.row_place.long(), : max_units * values].view(plan.num_rows, max_units, values).amax(2)
-    visible = visible_units(plan.row_lengths, max_units, unit)
-    forced = forced_units(plan.row_lengths, max_units, unit, unit, local)
-    kept = keep_within_budget(unit_scores, visible, forced, budget)
-    for row in range(0, plan.num_rows, max(1, plan.num_rows // 97)):
-        length = batch.lengths[row]
-        units = kept[row].nonzero().flatten().tolist()
-        pages = [u * unit_pages + p for u in units for p in range(unit_pages) if (u * unit_pages + p) * 64 < length]
-        assert chosen.logical[row, : len(pages)].tolist() == pages, "ascending, the partial last page last"
-        table = batch.page_table[batch.row_request[row]]
-        assert chosen.physical[row, : len(pages)].tolist() == table[pages].tolist()
-        assert int(chosen.counts[row]) == sum(min(64, length - 64 * page) for page in pages)
-        assert ((chosen.physical[row] >= 0) & (chosen.physical[row] < len(batch.k_pages))).all(), "unused: a real page"
+    check_choice(batch, scores, budget, unit_pages, values)
 
 
 def test_paged_logits_of_chosen_pages(batch):
