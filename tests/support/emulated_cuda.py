@@ -68,13 +68,14 @@ def _bind(dims: dict[str, int], dim, size: int) -> None:
 
 
 def _compiled(source: str):
-    folder = Path(tempfile.mkdtemp(prefix="emulated_cuda_"))
-    (folder / "kernel.cpp").write_text(source)
-    command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", "-w", "-fno-strict-aliasing"]
-    command += ["-o", str(folder / "kernel.so"), str(folder / "kernel.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(folder / "kernel.so")).emulated_launch
+    # A loaded library needs its file no longer.
+    with tempfile.TemporaryDirectory(prefix="emulated_cuda_") as folder:
+        code, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        code.write_text(source)
+        command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", "-w", "-fno-strict-aliasing", "-o"]
+        done = subprocess.run([*command, str(library), str(code)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return ctypes.CDLL(str(library)).emulated_launch
 
 
 @functools.cache
