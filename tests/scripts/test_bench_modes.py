@@ -198,8 +198,10 @@ def test_a_server_that_does_not_start(tmp_path, capsys):
     assert "the stub cannot start: no such weights" in capsys.readouterr().out
 
 
+# In the foreground: a shell starts background jobs, such as a test run, with SIGINT ignored, and children inherit that.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import bench_modes, bench_workloads, server_process
 server_process.SERVE = (sys.executable, "-m", "tests.scripts.bench_server")
 bench_workloads.MODULES = dict.fromkeys(bench_workloads.MODULES, "tests.scripts.bench_tool")
