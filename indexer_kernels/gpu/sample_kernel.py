@@ -205,8 +205,8 @@ def sample_threshold(
 
 
 def held_for(samples: int) -> int:
-    """The smallest compiled number of held samples that takes rows of at most `samples`; MOST for more."""
-    return next((held for held in HELD if min(samples, MOST) <= held), MOST)
+    """The smallest compiled number of held samples that takes rows of at most `samples`, of which MOST are held."""
+    return next(held for held in HELD if min(samples, MOST) <= held)
 
 
 def _search_constants(
