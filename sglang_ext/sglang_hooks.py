@@ -1,4 +1,4 @@
-"""The one file that knows SGLang: what is hooked, and the translation between its objects and plain tensors."""
+"""What is hooked in SGLang, and what each hook does. Only this file and its neighbours sglang_*.py know SGLang."""
 
 import functools
 import importlib.metadata
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_ext.runner import OutputForm
-from sglang_ext.stage import Forward, Stage
+from sglang_ext.forwards import Forward
+from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
+from sglang_ext.stage import Stage
 
 SGLANG_SUPPORTED = "0.5.23"
 SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
@@ -149,7 +150,9 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
             raise RuntimeError(f"sglang-ext: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
         config = {**dict(zip(parameters[1:], args)), **kwargs}.get("config")
         fields = vars(config) if config is not None else {}
-        stage.start(fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, _device(indexer))
+        stage.start(
+            fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, indexer_device(indexer)
+        )
 
     return hook
 
@@ -169,7 +172,7 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
         native = functools.partial(
             original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result
         )
-        pool = _pool()
+        pool = current_pool()
         attention = metadata.attn_metadata
         forward = stage.prefill(
             attention,
@@ -177,10 +180,10 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             lengths=metadata.get_indexer_seq_len_cpu,
             page_table=metadata.get_page_table_64(),
             q=q_fp8,
-            unsupported=lambda: _unsupported(indexer, attention, pool) or _split_prompts(stage, forward_batch),
+            unsupported=lambda: unsupported_reason(indexer, attention, pool) or _split_prompts(stage, forward_batch),
         )
         if forward.trace is not None:
-            stage.write_trace(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool))
+            stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
         return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
@@ -199,7 +202,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         metadata: Any,
     ) -> torch.Tensor:
         native = functools.partial(original, indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        pool = _pool()
+        pool = current_pool()
         attention = metadata.attn_metadata
         mode = forward_batch.forward_mode
         expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
@@ -209,7 +212,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
-            unsupported=lambda: _unsupported(indexer, attention, pool),
+            unsupported=lambda: unsupported_reason(indexer, attention, pool),
         )
         if not stage.takes(forward, layer_id):
             return native()
@@ -267,27 +270,6 @@ def _after_update_handlers(stage: Stage) -> Callable[..., Any]:
     return hook
 
 
-def _unsupported(indexer: Any, attention: Any, pool: Any) -> str | None:
-    """The policy's reason why this forward must stay with SGLang's own indexer, or None. Host values only."""
-    if indexer.index_topk > 2048:
-        return "index_topk"
-    if indexer.head_dim != 128:
-        return "head_dim"
-    if indexer.num_init_tokens or indexer.num_local_tokens:
-        return "forced_tokens"
-    if getattr(indexer, "dsa_enable_prefill_cp", False):
-        return "context_parallel"
-    if getattr(attention, "indexer_logical_page_table", None) is not None:
-        return "kv_shard"
-    if hasattr(pool, "get_broadcastable_index_k_with_scale_buffer"):
-        return "layer_split_pool"
-    if getattr(pool, "index_page_size", pool.page_size) != 64:
-        return "page_size"
-    if getattr(_attention_backend(), "hisparse_coordinator", None) is not None:
-        return "hisparse"
-    return None
-
-
 def _split_prompts(stage: Stage, forward_batch: Any) -> str | None:
     split = getattr(forward_batch, "tbo_parent_token_range", None) is not None
     return "two_batch_overlap" if split and stage.settings.native_tail_rows else None
@@ -307,38 +289,9 @@ def _select(
     """A layer's selection in the form SGLang's metadata asks for; rows that only pad the batch are -1."""
     if out is None:
         out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
-    if metadata.force_unfused_topk:
-        form = OutputForm("position")
-    elif forward.phase == "prefill" and metadata.topk_transform_method.name == "RAGGED":
-        form = OutputForm("position", metadata.attn_metadata.topk_indices_offset)
-    else:
-        form = OutputForm("slot")
-    stage.run(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool), form, out)
+    form = output_form(metadata, forward.phase)
+    stage.run(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out)
     return out
-
-
-def _tensors(
-    layer_id: int, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: Any, pool: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, weights [.., H], index-key pages and page table of a layer."""
-    weights = weights[: q_fp8.shape[0]].squeeze(-1)
-    return q_fp8, weights, pool.get_index_k_with_scale_buffer(layer_id=layer_id), metadata.get_page_table_64()
-
-
-def _pool() -> Any:
-    from sglang.srt.layers.attention.dsa import dsa_indexer
-
-    return dsa_indexer.get_token_to_kv_pool()
-
-
-def _attention_backend() -> Any:
-    from sglang.srt.layers.attention.dsa import dsa_indexer
-
-    return dsa_indexer.get_attn_backend()
-
-
-def _device(indexer: Any) -> torch.device:
-    return next(indexer.parameters()).device
 
 
 def _indexer_parameters() -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def test_decode_keeps_no_plan_made_inside_a_capture(monkeypatch):
     """It would live in that graph's memory."""
     stage, attention = Stage(MISA, {}), Attention()
     same = {"lengths": torch.tensor([130, 7], dtype=torch.int32), "page_table": table(2)}
-    monkeypatch.setattr("sglang_ext.stage._capturing", lambda device: True)
+    monkeypatch.setattr("sglang_ext.forwards.capturing", lambda device: True)
     captured = decode(stage, attention=attention, **same)
     assert captured.parts and decode(stage, attention=attention, **same) is not captured
 
@@ -275,7 +275,7 @@ def test_longer_than_the_kernels_hold(batch, monkeypatch, limit, want):
     fake = ModuleType("pipeline")
     fake.max_tokens = lambda mode: {"misa": limit}[mode]
     monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.pipeline", fake)
-    monkeypatch.setattr("sglang_ext.stage.gpu_refusal", lambda mode, q, params: None)
+    monkeypatch.setattr("sglang_ext.support.gpu_refusal", lambda mode, q, params: None)
     stage = Stage(replace(MISA, backend="gpu"), {})
     assert prefill(stage, batch).decision.reason == want
     # decode is bounded by its page table: 3 pages

@@ -108,7 +108,7 @@ def gpu(monkeypatch):
     compile_check = ModuleType("compile_check")
     compile_check.compile_all = compile_all
     monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.compile_check", compile_check)
-    monkeypatch.setattr("sglang_ext.stage.gpu_refusal", gpu_refusal)
+    monkeypatch.setattr("sglang_ext.support.gpu_refusal", gpu_refusal)
     monkeypatch.setattr("sglang_ext.stage.Counters.prepare_device", lambda _self, device: seen.prepared.append(device))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: empty(*a, **kw))

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_ext.forwards import Forward
 from sglang_ext.settings import Settings
-from sglang_ext.stage import Forward, Stage
+from sglang_ext.stage import Stage
 from tests.support.inputs import Batch, make_batch
 
 # Prunes contexts of a few hundred tokens: misa differs from native from the first full block on.
