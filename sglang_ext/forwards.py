@@ -17,8 +17,8 @@ KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
 
 @dataclass(slots=True)
 class Forward:
-    """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
-    from; trace: what is kept of it, if anything.
+    """What one forward runs, the same for all layers that share their settings. parts: (mode, its rows); made_of: what
+    a decode was planned from; trace: what is kept of it, if anything.
     """
 
     phase: str
@@ -42,14 +42,33 @@ class Prompts(NamedTuple):
     whole: list[int]
 
 
-def kept_forward(attention: object) -> Forward | None:
-    """What an earlier layer of this forward left on SGLang's metadata."""
-    return getattr(attention, KEPT, None)
+def kept_forward(attention: object, variant: int = 0) -> Forward | None:
+    """What an earlier layer of this forward, with the same settings, left on SGLang's metadata."""
+    return getattr(attention, KEPT, {}).get(variant)
 
 
-def keep_forward(attention: object, forward: Forward) -> None:
+def keep_forward(attention: object, forward: Forward, variant: int = 0) -> None:
     """Leave it for the forward's other layers. SGLang's metadata is frozen; it sets attributes on it the same way."""
-    object.__setattr__(attention, KEPT, forward)
+    kept = getattr(attention, KEPT, None)
+    if kept is None:
+        object.__setattr__(attention, KEPT, kept := {})
+    kept[variant] = forward
+
+
+def share_with_others(attention: object, forward: Forward) -> bool:
+    """Take over what does not depend on settings of single layers: rows and trace of a prefill; whether there is any.
+
+    Rows are those of a variant that runs a mode; a forward that runs native needs none.
+    """
+    others: list[Forward] = list(getattr(attention, KEPT, {}).values())
+    if not others:
+        return False
+    forward.trace = others[0].trace
+    planned = next((other for other in others if other.parts), None)
+    if planned is not None and forward.decision.mode != "native":
+        renamed = {planned.decision.mode: forward.decision.mode}
+        forward.parts = tuple((renamed.get(mode, mode), rows) for mode, rows in planned.parts)
+    return True
 
 
 def capturing(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from sglang_ext.break_even import min_tokens
 from sglang_ext.settings import Settings
 
-AUTO_PREFILL = "misa_rerank"
+AUTO_PREFILL = Settings().auto_prefill_mode
 
 # Reasons by which a user's own settings, or the batch, chose SGLang's own indexer.
 CONFIGURED = "configured"
@@ -41,6 +41,8 @@ UNSUPPORTED = {
     "head_dim": "the indexer's head dim is not 128",
     "forced_tokens": "the model config forces initial or local tokens",
     "kpool": "the model's indexer is the k-pool variant",
+    "no_indexer": "the model has no indexer of DeepSeek sparse attention",
+    "other_plugin": "another plugin hooks the same method of SGLang",
     "two_batch_overlap": "native_tail_rows does not know the prompts of a batch that two-batch overlap has split",
     "rows_mismatch": "page table, lengths and query rows do not belong together",
     "too_long": "the context is longer than the kernels hold",
@@ -72,7 +74,7 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
     """The mode of one forward.
 
     An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
-    misa_rerank for at least settings.prefill_min_rows rows once the longest request of the batch reaches
+    settings.auto_prefill_mode for at least settings.prefill_min_rows rows once the longest request of the batch reaches
     settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages;
     `auto` decode is native. Requests of one batch need no separate decision: a row whose context fits the candidate
     budget is scored as native scores it, by all heads and without a routed scan.
@@ -92,7 +94,7 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
         return Decision("native", BELOW_BREAK_EVEN)
     if batch.rows < settings.prefill_min_rows:
         return Decision("native", FEW_ROWS)
-    return Decision(AUTO_PREFILL, AUTO_SELECTED)
+    return Decision(settings.auto_prefill_mode, AUTO_SELECTED)
 
 
 def asks(phase: str, settings: Settings) -> bool:
@@ -113,11 +115,11 @@ def always_native(settings: Settings) -> dict[str, str]:
 
 
 def token_candidates(settings: Settings) -> bool:
-    """Whether misa_rerank would keep single tokens: what `auto` asks of it before it trusts it with answers."""
-    return settings.candidate_unit == "token"
+    """Whether `auto` would keep single tokens: what it asks of misa_rerank before it trusts it with answers."""
+    return settings.candidate_unit == "token" or settings.auto_prefill_mode != "misa_rerank"
 
 
 def mode_to_try(phase: str, settings: Settings) -> str:
     """The mode that `choose` would answer if nothing stood against it: what support is checked for."""
     wanted = settings.phase_mode(phase)
-    return AUTO_PREFILL if wanted == "auto" else wanted
+    return settings.auto_prefill_mode if wanted == "auto" else wanted

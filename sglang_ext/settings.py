@@ -1,12 +1,16 @@
-"""Settings: one dataclass, read from defaults, the model config and SGLANG_EXT_* variables, in that order."""
+"""Settings: one dataclass, read from defaults, the model config, a settings file and SGLANG_EXT_* variables, in that
+order.
+"""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from indexer_kernels.params import MODES, IndexerParams
+from sglang_ext.layer_values import Frozen, merge, override, parse_layers, thaw
+from sglang_ext.settings_file import read_settings_file
 
 PREFIX = "SGLANG_EXT_"
 MODEL_CONFIG_FIELD = "sglang_ext"
@@ -21,7 +25,8 @@ PAPER_FIELDS = {
     "hisa_block_topk": "top_blocks",
 }
 PAPER_SWITCHES = ("use_misa", "use_hisa")
-MAY_BE_UNSET = ("prefill_mode", "decode_mode", "trace_dir")
+MAY_BE_UNSET = ("prefill_mode", "decode_mode", "settings_file", "trace_dir")
+PATHS = ("settings_file", "trace_dir")  # their names keep their capitals
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -35,6 +40,10 @@ class Settings:
     mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
     decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
+    settings_file: str | None = _setting(
+        None, "JSON file of settings, with settings of single layers: what `sglang-ext tune` writes"
+    )
+    layers: Frozen = _setting((), 'settings of single layers, in a settings file: `{"3": {"mode": "hisa"}}`')
     strict: bool = _setting(False, "end the server where SGLang's own indexer would run in place of a requested mode")
     active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
     route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
@@ -49,6 +58,7 @@ class Settings:
     local_tokens: int = _setting(DEFAULTS.local_tokens, "re-ranking modes: last tokens that are always candidates")
     native_layers: tuple[int, ...] = _setting((), "layers that keep SGLang's own indexer, as in `0-2,60`")
     native_tail_rows: int = _setting(0, "last rows of each prompt that score every token with all heads")
+    auto_prefill_mode: str = _setting("misa_rerank", "`auto`: mode of prefill from the break-even on")
     prefill_min_tokens: int = _setting(
         0, "`auto`: prefill of shorter contexts stays native; 0: the measured break-even, 40960 with 64 heads"
     )
@@ -63,6 +73,7 @@ class Settings:
         for name in ("prefill_mode", "decode_mode"):
             if getattr(self, name) is not None:
                 _choice(name, getattr(self, name), SERVE_MODES)
+        _choice("auto_prefill_mode", self.auto_prefill_mode, tuple(mode for mode in MODES if mode != "native"))
         _choice("backend", self.backend, ("auto", "reference", "gpu"))
         for name in ("native_tail_rows", "prefill_min_tokens", "prefill_min_rows"):
             if getattr(self, name) < 0:
@@ -72,6 +83,30 @@ class Settings:
         if any(layer < 0 for layer in self.native_layers):
             raise ValueError(f"native_layers={self.native_layers} must not be negative")
         self.params(DEFAULTS.top_k)
+        for number, _ in self.layers:
+            try:
+                self.of_layer(number)
+            except ValueError as error:
+                raise ValueError(f"layers.{number}: {error}") from None
+
+    def of_layer(self, number: int) -> "Settings":
+        """The settings that one layer runs with; the same object where it has none of its own.
+
+        A layer's mode waits for what the deployment's mode waits for: where that is `auto`, it is what `auto` chooses.
+        """
+        own = thaw(self.layers).get(number)
+        if own is None:
+            return self
+        wanted = own.pop("prefill_mode", None)
+        if wanted is not None:
+            chosen = self.phase_mode("prefill") == "auto" and wanted not in ("native", "auto")
+            own["auto_prefill_mode" if chosen else "prefill_mode"] = wanted
+        return replace(self, layers=(), **own)
+
+    def switched(self, prefill_mode: str) -> "Settings":
+        """With another prefill mode for all layers; `auto` leaves it to those with a mode of their own."""
+        layers = override(self.layers, {"prefill_mode": prefill_mode})
+        return replace(self, prefill_mode=prefill_mode, layers=layers)
 
     def params(self, top_k: int) -> IndexerParams:
         """The kernels' share of the settings, for a model that selects top_k tokens."""
@@ -84,25 +119,56 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for logs and /server_info."""
-        return dataclasses.asdict(self) | {"native_layers": list(self.native_layers)}
+        layers = {str(number): own for number, own in thaw(self.layers).items()}
+        return dataclasses.asdict(self) | {"native_layers": list(self.native_layers), "layers": layers}
 
 
 def load_settings(model_config: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Settings:
-    """Defaults < the papers' fields of the model config < its `sglang_ext` field < SGLANG_EXT_<FIELD> variables.
+    """Defaults < the papers' fields of the model config < its `sglang_ext` field < the settings file that it or
+    SGLANG_EXT_SETTINGS_FILE names < SGLANG_EXT_<FIELD> variables.
 
-    Raises ValueError for an unknown setting or value, naming it and listing what is allowed.
+    What a later source sets for the deployment replaces what an earlier one sets for single layers, but for a mode of
+    `auto`, which leaves the choice to them. Raises ValueError for an unknown setting or value, naming it, its file if
+    it is in one, and what is allowed.
     """
-    values: dict[str, Any] = {}
+    config: list[dict[str, Any]] = []
     if model_config:
-        values |= _paper_settings(model_config)
         own = model_config.get(MODEL_CONFIG_FIELD) or {}
         if not isinstance(own, Mapping):
             raise ValueError(f"model config field {MODEL_CONFIG_FIELD}={own!r} must be an object of settings")
-        values |= {_known(name, str(name)): value for name, value in own.items()}
-    for name, value in environ.items():
-        if name.startswith(PREFIX):
-            values[_known(name.removeprefix(PREFIX).lower(), name)] = value
-    return Settings(**{name: _parse(name, value) for name, value in values.items()})
+        config = [_parsed(_paper_settings(model_config)), _parsed(own)]
+    variables = {name.removeprefix(PREFIX).lower(): name for name in environ if name.startswith(PREFIX)}
+    environment = _parsed({name: environ[shown] for name, shown in variables.items()}, variables)
+    path = {key: value for one in (*config, environment) for key, value in one.items()}.get("settings_file")
+    if path is None:
+        return Settings(**_merged([*config, environment]))
+    try:
+        in_file = _parsed(read_settings_file(path).values)
+        Settings(**_merged([in_file]))
+    except ValueError as error:
+        where = f"settings file {path}"
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    try:
+        return Settings(**_merged([*config, in_file, environment]))
+    except ValueError as error:  # of another source, or a combination
+        raise ValueError(f"{error} (together with settings file {path})") from None
+
+
+def _parsed(values: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> dict[str, Any]:
+    return {
+        _known(str(name), (shown or {}).get(name, str(name))): _parse(name, value) for name, value in values.items()
+    }
+
+
+def _merged(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One value of each setting: the last source's; entries of layers value by value."""
+    values: dict[str, Any] = {}
+    for source in sources:
+        layers = merge(override(values.get("layers", ()), source), source.get("layers", ()))
+        values |= source
+        if layers or "layers" in values:
+            values["layers"] = layers
+    return values
 
 
 def _paper_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,11 +200,13 @@ def _known(name: str, shown: str) -> str:
 def _parse(name: str, value: Any) -> Any:
     if name == "native_layers":
         return _layers(value)
+    if name == "layers":
+        return parse_layers(value, _parse_of_layer)
     if name in MAY_BE_UNSET:
         text = "" if value is None else str(value).strip()
         if text.lower() in ("", "none"):
             return None
-        return text if name == "trace_dir" else text.lower()  # a folder's name keeps its capitals
+        return text if name in PATHS else text.lower()
     kind = type(getattr(Settings(), name))
     if kind is bool:
         text = str(value).strip().lower()
@@ -155,6 +223,13 @@ def _parse(name: str, value: Any) -> Any:
     if value is None:
         return None
     return str(value).strip().lower()
+
+
+def _parse_of_layer(name: str, value: Any) -> Any:
+    parsed = _parse(name, value)
+    if name == "mode" or (parsed is not None and name in ("prefill_mode", "decode_mode")):
+        _choice(name, parsed, SERVE_MODES)
+    return parsed
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
+from sglang_ext.sglang_conflicts import other_hooks
 from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
 from sglang_ext.stage import Stage
 
@@ -24,6 +25,7 @@ SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 KPOOL_INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool"
 STATE_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
+SELECTING = (f"{INDEXER}._get_topk_ragged", f"{INDEXER}._get_topk_paged")
 RUNTIME_SWITCH_KEY = "sglang_ext_prefill_mode"
 
 
@@ -51,14 +53,14 @@ def hooks() -> tuple[Hook, ...]:
             _after_indexer_init,
         ),
         Hook(
-            f"{INDEXER}._get_topk_ragged",
+            SELECTING[0],
             HookType.AROUND,
             ("self", "enable_dual_stream", "forward_batch", "layer_id", "q_fp8", "weights", "metadata", "topk_result"),
             "prefill, chunked prefill, mixed batches: select tokens",
             _around_ragged,
         ),
         Hook(
-            f"{INDEXER}._get_topk_paged",
+            SELECTING[1],
             HookType.AROUND,
             ("self", "forward_batch", "layer_id", "q_fp8", "weights", "metadata"),
             "decode, target-verify, draft-extend: select tokens",
@@ -68,7 +70,7 @@ def hooks() -> tuple[Hook, ...]:
             f"{FORWARD_BATCH}.init_new",
             HookType.AFTER,
             ("batch", "model_runner"),
-            "note how long each prompt is, for native_tail_rows and traces",
+            "note how long each prompt is, for native_tail_rows and traces; refuse a model without an indexer",
             _after_forward_batch,
         ),
         Hook(
@@ -148,11 +150,14 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
     def hook(_result: None, indexer: Any, *args: Any, **kwargs: Any) -> None:
         if missing := unapplied(stage):
             raise RuntimeError(f"sglang-ext: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
+        first = not stage.knows_model()
         config = {**dict(zip(parameters[1:], args)), **kwargs}.get("config")
         fields = vars(config) if config is not None else {}
         stage.start(
             fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, indexer_device(indexer)
         )
+        if first and (others := other_hooks(SELECTING)):  # after the model's own settings are read: they may ask for it
+            stage.yield_to(others)
 
     return hook
 
@@ -181,6 +186,7 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             page_table=metadata.get_page_table_64(),
             q=q_fp8,
             unsupported=lambda: unsupported_reason(indexer, attention, pool) or _split_prompts(stage, forward_batch),
+            layer_id=layer_id,
         )
         if forward.trace is not None:
             stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
@@ -213,6 +219,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
             unsupported=lambda: unsupported_reason(indexer, attention, pool),
+            layer_id=layer_id,
         )
         if not stage.takes(forward, layer_id):
             return native()
@@ -230,6 +237,8 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        if not stage.knows_model():  # the model is built by now
+            stage.refuse_model("no_indexer")
         if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:

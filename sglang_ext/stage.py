@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,13 @@ from sglang_ext.forwards import (
     plan_decode_rows,
     plan_prefill,
     prompt_lengths,
+    share_with_others,
 )
+from sglang_ext.layer_settings import LayerSettings, Variant
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.settings_file import read_settings_file
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
@@ -43,6 +45,9 @@ class Stage:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
         self.settings = settings
+        self._switched: tuple[Settings, Settings] | None = None  # settings before a switch, and after it
+        self._layer_settings = LayerSettings()
+        self._obstacle: str | None = None
         self.counters = Counters()
         self._environ = environ
         self._top_k_kernel = top_k_kernel
@@ -71,9 +76,10 @@ class Stage:
         if model in self._models:
             return
         if not self._models:
-            self._read_model_config(model_config)
+            self._read_model_config(model_config, model)
             for phase, reason in policy.always_native(self.settings).items():
-                logger.warning("%s mode auto is SGLang's own indexer with these settings: %s", phase, reason)
+                if not self._asks(phase):
+                    logger.warning("%s mode auto is SGLang's own indexer with these settings: %s", phase, reason)
             if self.settings.trace_dir is not None:
                 self._traces = TraceWriter(self.settings.trace_dir, self.settings.trace_rows, model_config)
         self._models.add(model)
@@ -81,25 +87,48 @@ class Stage:
             return
         self.counters.prepare_device(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
+        done: set[tuple[str, object]] = set()
+        for number, settings in self._layer_settings.all(self.settings):
+            modes = [mode for mode in self._runnable(settings, q, top_k) if (mode, settings.params(top_k)) not in done]
+            if number == 0 and settings.runtime_switch:  # any of them may be asked for later
+                modes += [m for m in MODES if m not in modes and self._refusal(settings, m, q, top_k) is None]
+            if settings.backend != "reference":
+                self._support.compile(settings, modes, num_heads, top_k)
+            done |= {(mode, settings.params(top_k)) for mode in modes}
+
+    def _runnable(self, settings: Settings, q: torch.Tensor, top_k: int) -> list[str]:
+        """The modes that these settings ask for, without those that the machine refuses."""
         modes = []
         for phase in ("prefill", "decode"):
-            if not policy.asks(phase, self.settings):
+            if not policy.asks(phase, settings):
                 continue
-            mode = policy.mode_to_try(phase, self.settings)
-            refusal = self._refusal(mode, q, top_k)
+            mode = policy.mode_to_try(phase, settings)
+            refusal = self._refusal(settings, mode, q, top_k)
             if refusal is not None:
-                self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
+                wanted = mode if settings.phase_mode(phase) != "auto" else "auto"
+                self._reject(f"{phase} mode {wanted!r}: {refusal}")
             elif mode not in modes:
                 modes.append(mode)
-        if self.settings.runtime_switch:  # any of them may be asked for later
-            modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
-        if self.settings.backend != "reference":
-            self._support.compile(self.settings, modes, num_heads, top_k)
+        return modes
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
-        if any(policy.asks(phase, self.settings) for phase in ("prefill", "decode")):
+        self._obstacle = self._obstacle or reason
+        if self._asks("prefill") or self._asks("decode"):
             self._reject(f"{policy.UNSUPPORTED[reason]} ({reason})")
+
+    def yield_to(self, plugins: Sequence[str]) -> None:
+        """Other plugins hook the methods that select: theirs run, and this one stands back."""
+        self._obstacle = "other_plugin"
+        if self._asks("prefill") or self._asks("decode"):
+            self._reject(f"{policy.UNSUPPORTED['other_plugin']}: {'; '.join(plugins)} (other_plugin)")
+
+    def knows_model(self) -> bool:
+        """Whether an indexer was built, hooked or refused."""
+        return bool(self._layers) or self._obstacle is not None
+
+    def _asks(self, phase: str) -> bool:
+        return any(policy.asks(phase, one.settings) for one in self._layer_settings.all(self.settings))
 
     def wants_prompts(self) -> bool:
         """Whether anything needs to know how long each prompt is."""
@@ -117,30 +146,36 @@ class Stage:
         page_table: torch.Tensor,
         q: torch.Tensor,
         unsupported: Callable[[], str | None],
+        layer_id: int,
     ) -> Forward:
-        """The forward's decision and plan, made at its first layer. lengths() is SGLang's CPU copy: no device read."""
-        forward = kept_forward(attention)
+        """The forward's decision and plan, made at the first layer of those that share their settings. lengths() is
+        SGLang's CPU copy: no device read.
+        """
+        variant = self._variant(layer_id)
+        forward = kept_forward(attention, variant.number)
         if forward is not None:
             return forward
         seen = tuple(int(length) for length in lengths().tolist())
         extend = [int(length) for length in extend_lengths]
         rows = sum(extend)
         view = BatchView("prefill", rows, seen, max(seen, default=0), heads=q.shape[1])
-        if policy.asks("prefill", self.settings):
-            view = self._supported(view._replace(unsupported=unsupported()), q)
+        settings = variant.settings
+        if policy.asks("prefill", settings):
+            view = self._supported(settings, view._replace(unsupported=self._obstacle or unsupported()), q)
             if view.unsupported is None and not (
                 len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
             ):
                 view = view._replace(unsupported="rows_mismatch")
-        forward = Forward("prefill", self._decide(view), rows)
-        if forward.decision.mode != "native":
+        forward = Forward("prefill", self._decide(view, variant), rows)
+        shared = share_with_others(attention, forward)
+        if forward.decision.mode != "native" and not forward.parts:
             whole = prompt_lengths(self._prompts, seen, extend)
-            plan_prefill(forward, seen, extend, self.settings.native_tail_rows, whole, q.device)
-        if self._traces is not None:
+            plan_prefill(forward, seen, extend, settings.native_tail_rows, whole, q.device)
+        if self._traces is not None and not shared:
             fits = len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
             obstacle = "graph_capture" if capturing(q.device) else unsupported() if fits else "rows_mismatch"
             self._plan_trace(self._traces, forward, seen, extend, obstacle)
-        keep_forward(attention, forward)
+        keep_forward(attention, forward, variant.number)
         return forward
 
     def decode(
@@ -151,29 +186,31 @@ class Stage:
         num_rows: int,
         q: torch.Tensor,
         unsupported: Callable[[], str | None],
+        layer_id: int,
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
 
         A plan is made in the eager runs before a capture, and then kept.
         """
-        kept = kept_forward(attention)
+        variant = self._variant(layer_id)
+        kept = kept_forward(attention, variant.number)
         if kept is not None and kept.planned_from((lengths, page_table), num_rows):
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
-        if policy.asks("decode", self.settings):
-            view = self._supported(view._replace(unsupported=unsupported()), q)
+        if policy.asks("decode", variant.settings):
+            view = self._supported(variant.settings, view._replace(unsupported=self._obstacle or unsupported()), q)
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
-        decision = self._decide(view)
+        decision = self._decide(view, variant)
         forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
         if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
-            keep_forward(attention, forward)
+            keep_forward(attention, forward, variant.number)
         return forward
 
     def takes(self, forward: Forward, layer_id: int) -> bool:
         """Whether this layer runs the forward's mode. Counts the call either way."""
         mode, reason = forward.decision
-        if layer_id == min(self._layers, default=layer_id):
+        if layer_id in (self._layer_settings.first(self.settings, layer_id, self._layers), -1):
             self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
@@ -214,9 +251,10 @@ class Stage:
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
-            if layer_id == self._counting_layer():
+            if layer_id == self._layer_settings.first(self.settings, layer_id, self._layers, running=True):
                 self.counters.step_device(forward.phase, forward.decision.mode, q.device)
-        params = self.settings.params(out.shape[1])
+        settings = self._variant(layer_id).settings
+        params = settings.params(out.shape[1])
         for mode, rows in forward.parts:
             run(
                 mode,
@@ -227,7 +265,7 @@ class Stage:
                 page_table,
                 params,
                 form,
-                self.settings.backend,
+                settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
             )
@@ -255,38 +293,47 @@ class Stage:
         return SERVE_MODES[int(value)]
 
     def switch_prefill(self, value: float) -> None:
-        """Prefill is never captured, so its mode may change between forwards."""
+        """Prefill is never captured, so its mode may change between forwards. `auto` is what `auto` was before."""
         mode = self.prefill_mode_number(value)
         logger.info("prefill mode switched from %s to %s", self.settings.phase_mode("prefill"), mode)
-        self.settings = replace(self.settings, prefill_mode=mode)
+        before = self.settings
+        if self._switched is not None and before is self._switched[1]:
+            before = self._switched[0]
+        self.settings = before.switched(mode)
+        self._switched = (before, self.settings)
 
-    def _decide(self, view: BatchView) -> Decision:
-        decision = choose(view, self.settings)
+    def _variant(self, layer_id: int) -> Variant:
+        return self._layer_settings.of(self.settings, layer_id)
+
+    def _decide(self, view: BatchView, variant: Variant) -> Decision:
+        decision = choose(view, variant.settings)
+        if variant.number and decision.reason == policy.CONFIGURED_NATIVE:
+            return Decision("native", policy.NATIVE_LAYER)
         if decision.reason in policy.UNSUPPORTED:
             self._support.reject(
                 self.settings, f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})"
             )
         return decision
 
-    def _supported(self, view: BatchView, q: torch.Tensor) -> BatchView:
-        return self._support.narrow(self.settings, view, q, self.settings_top_k())
+    def _supported(self, settings: Settings, view: BatchView, q: torch.Tensor) -> BatchView:
+        return self._support.narrow(settings, view, q, self.settings_top_k())
 
-    def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
-        return self._support.refusal(self.settings, mode, q, top_k)
+    def _refusal(self, settings: Settings, mode: str, q: torch.Tensor, top_k: int) -> str | None:
+        return self._support.refusal(settings, mode, q, top_k)
 
     def _reject(self, sentence: str) -> None:
         self._support.reject(self.settings, sentence)
-
-    def _counting_layer(self) -> int:
-        """The layer whose runs are counted on the device: the first that may run a mode."""
-        return min((layer for layer in self._layers if layer not in self.settings.native_layers), default=-1)
 
     def settings_top_k(self) -> int:
         """Tokens the served model selects (the largest, where a draft model differs)."""
         return max((model.top_k for model in self._models), default=2048)
 
-    def _read_model_config(self, model_config: Mapping[str, Any]) -> None:
+    def _read_model_config(self, model_config: Mapping[str, Any], model: Model) -> None:
         settings = load_settings(model_config, self._environ)
+        if settings.settings_file is not None:
+            file = read_settings_file(settings.settings_file)
+            file.check_model(model_config.get("num_hidden_layers"), model.num_heads, model.top_k)
+            logger.info("settings file %s, tuned on %s", file.path, dict(file.tuned_on) or "nothing: made by hand")
         if settings.runtime_switch and not self.settings.runtime_switch:
             raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
         if settings != self.settings:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from indexer_kernels.backend import gpu_refusal
+from indexer_kernels.params import IndexerParams
 from sglang_ext import policy
 from sglang_ext.policy import BatchView
 from sglang_ext.settings import Settings
@@ -20,14 +21,14 @@ class Support:
     def __init__(self) -> None:
         self.rejected: set[str] = set()
         self._refusals: dict[tuple[Any, ...], str | None] = {}
-        self._broken: dict[str, str] = {}
+        self._broken: dict[tuple[str, IndexerParams], str] = {}
 
     def refusal(self, settings: Settings, mode: str, q: torch.Tensor, top_k: int) -> str | None:
         """Why the gpu backend cannot run the mode on queries like q, or None. Asked once, then remembered."""
         if settings.backend == "reference":
             return None
-        if mode in self._broken:
-            return self._broken[mode]
+        if (broken := self._broken.get((mode, settings.params(top_k)))) is not None:
+            return broken
         key = (mode, q.shape[1:], q.device, top_k, settings)
         if key not in self._refusals:
             self._refusals[key] = gpu_refusal(mode, q, settings.params(top_k))
@@ -56,12 +57,13 @@ class Support:
     def compile(self, settings: Settings, modes: Sequence[str], num_heads: int, top_k: int) -> None:
         """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
 
-        A mode with a kernel that does not compile is refused from then on.
+        A mode with a kernel that does not compile is refused from then on, with these parameters.
         """
         from indexer_kernels.gpu.compile_check import compile_all
 
+        params = settings.params(top_k)
         for mode in modes:
-            for name, error in compile_all(settings.params(top_k), num_heads, (mode,)):
+            for name, error in compile_all(params, num_heads, (mode,)):
                 if error is not None:
-                    self._broken.setdefault(mode, f"kernel {name} does not compile: {error}")
-                    self.reject(settings, self._broken[mode])
+                    sentence = self._broken.setdefault((mode, params), f"kernel {name} does not compile: {error}")
+                    self.reject(settings, sentence)

@@ -86,6 +86,7 @@ def hooked(stage: Stage) -> Iterator[Recorder]:
         sglang_hooks.install(stage)
         HookRegistry.apply_hooks()
         assert sglang_hooks.unapplied(stage) == []
+        stage._layers.add(LAYER)  # as if the indexer had been built
         yield native
 
 

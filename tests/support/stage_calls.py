@@ -47,6 +47,7 @@ def prefill(stage: Stage, batch: Batch, attention: object = None, **changes: Any
         "page_table": batch.page_table,
         "q": batch.q,
         "unsupported": Asked(),
+        "layer_id": 0,
     }
     return stage.prefill(**arguments | changes)
 
@@ -60,6 +61,7 @@ def decode(stage: Stage, **changes: Any) -> Forward:
         "num_rows": 2,
         "q": torch.zeros((4, 8, 128)).to(torch.float8_e4m3fn),
         "unsupported": Asked(),
+        "layer_id": 0,
     }
     return stage.decode(**arguments | changes)
 
