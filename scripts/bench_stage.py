@@ -15,7 +15,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
@@ -28,13 +27,13 @@ from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.row_plan import RowPlan, plan_extend
 from run_record import run_record
+from sglang_ext.cli.stage_time import Timing, timed
 from sglang_ext.sglang_hooks import sglang_top_k
 
 PARAMS = IndexerParams()
 PAGES = IndexerParams(candidate_unit="page")
 MODES = ("misa", "misa_rerank", "misa_rerank_pages", "hisa", "group_rerank")
 RERANKING = ("misa_rerank", "misa_rerank_pages", "group_rerank")  # the gpu backend may find more of native's tokens
-WAIT_CYCLES = 4_000_000  # some 2 ms in which a call's kernels are launched
 INPUT_SETS = 2  # rotated, so that a repetition does not find its queries in L2
 
 
@@ -116,35 +115,6 @@ def agreement(name: str, heads: int) -> Agreement:
         wanted = [want & native for want, native in zip(wanted, rows("native", "reference"))]
     shares = [len(mine & want) / len(want) for mine, want in zip(got, wanted)]
     return Agreement(statistics.median(shares), statistics.mean(shares))
-
-
-class Timing(NamedTuple):
-    """Milliseconds of one call: on the device, and on the host until everything is launched."""
-
-    device: float
-    launch: float
-
-
-def timed(work: Callable[[], object]) -> Timing:
-    """One call, launched while the device is still busy with something else, as it is in a server: its kernels follow
-    each other without waiting for the host.
-    """
-    wait = WAIT_CYCLES
-    while True:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(wait)
-        begin.record()
-        began = time.perf_counter()
-        work()
-        launch = 1e3 * (time.perf_counter() - began)
-        end.record()
-        in_time = not begin.query()
-        torch.cuda.synchronize()
-        if in_time:
-            return Timing(begin.elapsed_time(end), launch)
-        if wait > 64 * WAIT_CYCLES:
-            raise RuntimeError(f"a call took {launch:.0f} ms to launch: something in it waits for the device")
-        wait *= 2
 
 
 def scratch_gib(work: Callable[[], object]) -> float:

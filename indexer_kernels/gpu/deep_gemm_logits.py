@@ -50,6 +50,18 @@ def paged_logits(
     )[:num_rows]
 
 
+def contiguous_logits(
+    q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """The same scores over keys that lie one after the other, every row from the first key on: what SGLang's prefill
+    runs, and what the modes are measured against.
+
+    q [M, H, 128] fp8, weights [M, H] f32, k [N, 128] fp8, k_scale [N] f32, lengths [M] int32. f32 [M, N]; columns past
+    lengths[m] hold anything.
+    """
+    return deep_gemm.fp8_mqa_logits(q, (k, k_scale), weights, torch.zeros_like(lengths), lengths, clean_logits=False)
+
+
 def compile_schedulers(num_heads: int, device: torch.device | str = "cuda") -> None:
     """One call of every number of rows, over a page of zeros: seconds each where DeepGEMM has not kept the variant."""
     rows, pages = LEAST_ROWS, torch.zeros((1, PAGE_BYTES), dtype=torch.uint8, device=device)

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_ext.cli import compare, doctor, serve
+from sglang_ext.cli import compare, doctor, serve, tune
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,8 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Routed and re-ranked DeepSeek sparse-attention indexers for SGLang.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{compare,doctor,serve}")
-    for module in (compare, doctor, serve):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{compare,doctor,serve,tune}")
+    for module in (compare, doctor, serve, tune):
         module.add_parser(commands)
     return parser
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "serve":
             return serve.run(args, unknown)
-        return compare.run(args) if args.command == "compare" else doctor.run(args)
+        return {"compare": compare, "doctor": doctor, "tune": tune}[args.command].run(args)
     except (ValueError, NotImplementedError, OSError) as error:
         # What the packages raise for bad values and refused backends; the message names the argument.
         print(f"sglang-ext {args.command}: error: {error}", file=sys.stderr)

@@ -3,16 +3,19 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Collection
 from pathlib import Path
 
 from indexer_kernels import MODES, IndexerParams
 
 
-def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
-    """A group with one flag per field of IndexerParams."""
+def add_parameter_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """A group with one flag per field of IndexerParams, but for those that have a flag of another kind."""
     group = parser.add_argument_group("parameters of the modes")
     hints = typing.get_type_hints(IndexerParams)
     for field in dataclasses.fields(IndexerParams):
+        if field.name in without:
+            continue
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         if kind is int:
             group.add_argument(flag, type=int, default=field.default, help="(default: %(default)s)")
@@ -22,9 +25,10 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def parameters_of(args: argparse.Namespace) -> IndexerParams:
+def parameters_of(args: argparse.Namespace, without: Collection[str] = ()) -> IndexerParams:
     """The parameters of parsed flags. Raises ValueError naming a wrong one."""
-    return IndexerParams(**{field.name: getattr(args, field.name) for field in dataclasses.fields(IndexerParams)})
+    names = [field.name for field in dataclasses.fields(IndexerParams) if field.name not in without]
+    return IndexerParams(**{name: getattr(args, name) for name in names})
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
