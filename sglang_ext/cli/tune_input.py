@@ -24,6 +24,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--rows {args.rows} must be at least 1")
     if "native" in args.modes:
         raise ValueError("--modes native is not to be chosen from: it is what a layer runs where nothing else passes")
+    if args.candidate_unit == "page" and "misa_rerank" in args.modes:
+        raise ValueError("--candidate-unit page: auto does not run misa_rerank by pages (docs/quality.md)")
     check_outputs(args.json, None)
     check_outputs(args.out, None)
 

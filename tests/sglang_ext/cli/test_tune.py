@@ -1,0 +1,190 @@
+"""`sglang-ext tune` from traces to a file that a server takes: on made-up traces, and on the package's."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from indexer_kernels.synthetic import make_case
+from indexer_kernels.traces import Trace, save_traces
+from sglang_ext.cli import tune, tune_cost
+from sglang_ext.cli.main import main
+from sglang_ext.cli.tune_choice import Cost
+from sglang_ext.settings import load_settings
+from sglang_ext.settings_file import read_settings_file
+
+# A grid small enough for seconds: contexts of 6000 tokens, of which rows select 2048.
+SMALL = ["--active-heads", "4,8", "--candidates", "2560,3072", "--top-blocks", "20,24", "--quiet"]
+CHEAP = ["--modes", "misa_rerank,hisa", *SMALL]
+
+
+def trace(layer: int, context: int = 6000, model: str = "tiny-dsa", heads: int = 32) -> Trace:
+    case = make_case(context, 4, heads, seed=layer)
+    return Trace(model, layer, context, case.q, case.weights, case.k, case.k_scale, case.ke.long() - 1, "made up")
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("traces")
+    for layer in (0, 2):
+        save_traces(folder / f"layer{layer}.npz", [trace(layer)])
+    return str(folder)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "tuned.json"
+
+
+def tuned(out, traces: str, *flags: str, code: int = 0) -> dict[str, Any]:
+    assert main(["tune", "--traces", traces, "--out", str(out), *flags]) == code
+    return json.loads(out.read_text()) if code == 0 else {}
+
+
+def test_a_file_that_a_server_takes(traces, out, capsys):
+    record = out.with_name("all.json")
+    content = tuned(out, traces, *CHEAP, "--recall-target", "0.5", "--recall-min", "0", "--json", str(record))
+    settings = load_settings(None, {"SGLANG_EXT_SETTINGS_FILE": str(out)})
+    facts = content["tuned_on"]
+    assert (facts["model"], facts["num_layers"], facts["heads"], facts["top_k"]) == ("tiny-dsa", 3, 32, 2048)
+    assert facts["recall_target"] == {"mean": 0.5, "row": 0.0} and facts["contexts"] == [6144]
+    assert facts["cost"] == tune_cost.FORMULA and facts["gpu"] is None and facts["date"] and facts["command"]
+    assert "prefill_min_tokens" not in str(content["layers"]), "auto's own break-even holds: nothing was timed"
+    read_settings_file(str(out)).check_model(3, 32, 2048)
+    for layer in (0, 2):
+        own, entry = settings.of_layer(layer), content["layers"][str(layer)]
+        assert own.phase_mode("prefill") == "auto" and own.auto_prefill_mode == entry["prefill_mode"] != "native"
+        assert own.phase_mode("decode") == "auto"
+        assert all(getattr(own, name) == entry[name] for name in ("active_heads", "candidates") if name in entry)
+        assert f"{entry['prefill_mode']} " in entry["why"] and "worst row" in entry["why"]
+    untraced = content["layers"]["1"]
+    assert untraced == {"prefill_mode": "native", "why": "no trace shows this layer"}
+    assert settings.of_layer(1).phase_mode("prefill") == "native"
+    said = capsys.readouterr().out
+    assert "layer   0" in said and f"wrote {out}" in said
+    # the record holds every option of the grid, and the choice is its cheapest that meets the target
+    options = [one for one in json.loads(record.read_text())["options"] if one["layer"] == 0]
+    assert len(options) == 2 * 2 + 2
+    able = [one for one in options if one["contexts"]["6144"]["recall_mean"] >= 0.5]
+    cheapest = min(able, key=lambda one: one["contexts"]["6144"]["cost"]["option"])
+    assert cheapest["mode"] == content["layers"]["0"]["prefill_mode"]
+
+
+def test_layers_that_nothing_is_good_enough_for_are_native(traces, out):
+    content = tuned(out, traces, *CHEAP, "--recall-target", "1", "--recall-min", "1")
+    assert all(entry["prefill_mode"] == "native" for entry in content["layers"].values())
+    assert content["layers"]["0"]["why"].startswith("nothing meets recall 1 (worst row 1): the most has ")
+    assert content["tuned_on"]["share_of_native"] == 1.0
+
+
+def test_parameters_that_recall_was_measured_with_are_in_the_file(traces, out):
+    content = tuned(out, traces, *CHEAP, "--route-block", "256", "--recall-target", "0", "--recall-min", "0")
+    assert content["route_block"] == 256 and content["route_statistic"] == "max" and "top_k" not in content
+
+
+@pytest.mark.parametrize("layers", [3, 61])
+def test_a_model_folder_counts_the_layers(traces, out, tmp_path, layers):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": layers, "index_n_heads": 32}))
+    content = tuned(out, traces, *CHEAP, "--model-path", str(tmp_path))
+    assert content["tuned_on"]["num_layers"] == layers == len(content["layers"])
+
+
+def test_timed_costs_decide_and_give_the_shortest_prompt(traces, out, monkeypatch):
+    """As on a GPU, with costs made up: hisa is cheap, and only it may be."""
+
+    def time_costs(samples, able, base, how, done):
+        assert how.rows == 8192 and done() is not False
+        return {
+            (layer, option, 6144): Cost(10.0, 2.0 if option.mode == "hisa" else 9.0)
+            for layer, options in able.items()
+            for option in options
+        }
+
+    monkeypatch.setattr(tune, "time_costs", time_costs)
+    monkeypatch.setattr(tune, "timing", lambda cost, rows, q: tune_cost.Timed(rows, None))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    content = tuned(out, traces, *CHEAP, "--recall-target", "0", "--recall-min", "0")
+    assert content["layers"]["0"]["prefill_mode"] == "hisa"
+    assert content["layers"]["0"]["prefill_min_tokens"] == 6000, "the shortest prompt measured"
+    assert content["tuned_on"]["share_of_native"] == 0.2
+    assert "device milliseconds of 8192 rows on one H200" in content["tuned_on"]["cost"]
+
+
+def test_options_that_no_server_runs_are_left_out(traces, out, capsys):
+    pytest.importorskip("tilelang")
+    content = tuned(out, traces, *CHEAP, "--active-heads", "5", "--recall-target", "0", "--recall-min", "0")
+    assert "left out, no server runs it: misa_rerank active_heads=5 candidates=2560" in capsys.readouterr().out
+    assert {entry["prefill_mode"] for entry in content["layers"].values()} == {"hisa", "native"}
+
+
+def test_the_packages_traces(out, capsys):
+    """On what a small model really looks for, at the shorter of its prompts."""
+    flags = ["--contexts", "8192", "--modes", "misa_rerank", "--active-heads", "8", "--candidates", "4096", "--quiet"]
+    assert main(["tune", "--out", str(out), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "of small-dsa; the file is for that model only" in said
+    entry = json.loads(out.read_text())["layers"]["1"]
+    assert (entry["prefill_mode"], entry["candidates"]) == ("misa_rerank", 4096)
+    assert float(entry["why"].split("recall ")[1].split(",")[0]) > 0.95
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--recall-target", "1.5"], "--recall-target 1.5 must be from 0 to 1"),
+        (["--recall-min", "-1"], "--recall-min -1.0 must be from 0 to 1"),
+        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--modes", "native,hisa"], "--modes native is not to be chosen from"),
+        (["--candidate-unit", "page"], "--candidate-unit page: auto does not run"),
+        (["--candidates", "100"], "candidates=100 must be at least top_k"),
+        (["--top-blocks", "4"], "top_blocks=4"),
+        (["--contexts", "64"], "no trace has contexts=[64]"),
+        (["--model-path", "nowhere"], "--model-path nowhere has no config.json"),
+        (["--json", "nowhere/all.json"], "the folder of nowhere/all.json does not exist"),
+        (["--cost", "measured"], "--cost measured: there is no GPU here"),
+    ],
+)
+def test_wrong_arguments_are_one_line(traces, out, flags, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tuned(out, traces, *CHEAP, *flags, code=2)
+    assert said in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2, traces are of layer 2"),
+        ({}, "num_hidden_layers=None"),
+        ({"num_hidden_layers": 3, "index_n_heads": 64}, "index_n_heads=64, traces and --top-k have 32"),
+        ({"num_hidden_layers": 3, "index_n_heads": 32, "index_topk": 1024}, "index_topk=1024"),
+    ],
+)
+def test_a_config_that_does_not_fit(traces, out, tmp_path, config, said, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tuned(out, traces, *CHEAP, "--model-path", str(tmp_path), code=2)
+    assert said in capsys.readouterr().err
+
+
+def test_traces_of_two_models(out, tmp_path, capsys):
+    for other, said in ((trace(0, 2100, "b"), "several models: a, b"), (trace(1, 2100, "a", 64), "numbers of heads")):
+        save_traces(tmp_path / "a.npz", [trace(0, 2100, "a"), other])
+        tuned(out, str(tmp_path / "a.npz"), *CHEAP, code=2)
+        assert said in capsys.readouterr().err
+
+
+def test_an_empty_folder(out, tmp_path, capsys):
+    tuned(out, str(tmp_path), *CHEAP, code=2)
+    assert "there is none" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_leaves_the_old_file(out, monkeypatch):
+    from sglang_ext.cli.tune_file import write_settings_file
+
+    write_settings_file(out, {"format": 1, "mode": "hisa"})
+    with pytest.raises(ValueError, match="mode='fast'"):
+        write_settings_file(out, {"format": 1, "mode": "fast"})
+    assert json.loads(out.read_text())["mode"] == "hisa" and len(list(out.parent.iterdir())) == 1
