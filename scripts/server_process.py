@@ -85,7 +85,8 @@ class LaunchedServer(Server):
 
     def check_alive(self) -> None:
         if (code := self.process.poll()) is not None:
-            raise RuntimeError(f"the server ended (exit code {code}); the end of {self.log}:\n{end_of(self.log)}")
+            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended (exit code {code})"
+            raise RuntimeError(f"the server {how}; the end of {self.log}:\n{end_of(self.log)}")
 
 
 def end_of(log: Path, lines: int = 40) -> str:

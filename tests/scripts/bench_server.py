@@ -6,6 +6,7 @@ Run as a program it stands in for `sglang-ext serve`: it takes that command's ar
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -20,8 +21,9 @@ PAUSE_S = 0.01
 
 
 class BenchServer(FakeServer):
-    """pause_s: before every token. decode: its decode mode, which never runs. die_if: a file; where it exists, the
-    request of that number in it removes it and ends the process. capacity: tokens the cache holds.
+    """pause_s: before every token. decode: its decode mode, which never runs. capacity: tokens the cache holds.
+    die_if: a file; where it exists, the request of that number in it removes it and ends the process (`4 kill`: is
+    killed).
     """
 
     def __init__(self, mode: str = "native", pause_s: float = PAUSE_S, **options: Any) -> None:
@@ -50,8 +52,11 @@ class BenchServer(FakeServer):
             ids = body["input_ids"]
             batch = ids if isinstance(ids[0], list) else [ids]
             self.prompts.append((self.mode, batch, body["sampling_params"]["max_new_tokens"]))
-            if self.die_if and self.die_if.exists() and len(self.prompts) >= int(self.die_if.read_text()):
+            number, *how = self.die_if.read_text().split() if self.die_if and self.die_if.exists() else ["0"]
+            if self.die_if and len(self.prompts) >= int(number) > 0:
                 self.die_if.unlink()
+                if how:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 print("RuntimeError: the stub's memory is gone", flush=True)
                 os._exit(7)
             if self.fail_after is not None and len(self.prompts) > self.fail_after:

@@ -69,6 +69,11 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_server_per_mode(tmp_path, capsys):
     flags = (*SMALL, "--modes", "misa", "--repeats", "2", "--set", "active_heads=4")
     assert launched(tmp_path, *flags, server=("--tp-size", "8")) == 0
@@ -191,6 +196,40 @@ def test_a_server_that_dies_is_named_and_the_run_goes_on_from_there(tmp_path, ca
     assert Counter(sampled(tmp_path / "out")) == Counter(
         (mode, f"serving/64/1/0/{turn}") for mode in ("native", "misa") for turn in (0, 1)
     )
+
+
+def test_a_server_killed_in_the_middle_of_a_measurement(tmp_path, capsys):
+    """As by the kernel where memory runs out: nothing of that measurement is kept, and the same command goes on."""
+    die = tmp_path / "die"
+    die.write_text("2 kill")  # the second of a measurement's two prompts
+    flags = (*ONE, "--modes", "misa")
+    assert launched(tmp_path / "out", *flags, server=("--die-if", str(die))) == 1
+    assert "failed: the server was killed (SIGKILL); the end of " in capsys.readouterr().out
+    assert sampled(tmp_path / "out") == [] and not any(alive(pid) for pid in pids_of(tmp_path / "out"))
+    assert launched(tmp_path / "out", *flags, server=("--die-if", str(die))) == 0
+    assert sorted(mode for mode, _ in sampled(tmp_path / "out")) == ["misa", "native"]
+
+
+def test_a_server_at_a_url_killed_in_the_middle(tmp_path, capsys):
+    die = tmp_path / "die"
+    die.write_text("2 kill")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [*STUB, "--set", "prefill_mode=misa", "--set", "decode_mode=native", "--port", port]
+    with BenchServer(pause_s=0) as native, subprocess.Popen([*command, "--die-if", str(die)], cwd=ROOT) as theirs:
+        try:
+            limit = time.monotonic() + 60
+            while not listening(int(port)):
+                assert time.monotonic() < limit and theirs.poll() is None
+                time.sleep(0.05)
+            urls = ("--url", f"native={native.url}", f"misa=http://127.0.0.1:{port}")
+            assert bench(tmp_path / "out", *urls, *ONE) == 1
+        finally:
+            theirs.kill()
+    said = capsys.readouterr().out
+    assert f"failed: no server at http://127.0.0.1:{port}: the connection was refused" in said
+    assert [mode for mode, _ in sampled(tmp_path / "out")] == ["native"]
 
 
 def test_a_server_that_does_not_start(tmp_path, capsys):
