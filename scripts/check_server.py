@@ -1,6 +1,6 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
-    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets] [--repeats 5]
+    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets layers] [--repeats 5]
                                    [--port 30000] [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
@@ -11,6 +11,8 @@ may run side by side in several calls with ports of their own; time to first tok
     paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
     unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
     sets          the token sets each layer selected, read back from the server, against native's
+    layers        a settings file with a mode of its own for each of four layers: each ran it, native's answers within
+    the budget
 A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
 """
 
@@ -34,6 +36,20 @@ WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
 NEW_TOKENS = 8
+# Budgets hold WITHIN_BUDGET; the file's modes run from the first token on.
+LAYERS_FILE = {
+    "format": 1,
+    "tuned_on": {"num_layers": 4, "heads": 64, "top_k": 2048},
+    "prefill_mode": "auto",
+    "prefill_min_tokens": 1,
+    "prefill_min_rows": 1,
+    "layers": {
+        "0": {"prefill_mode": "native"},
+        "1": {"prefill_mode": "misa_rerank", "active_heads": 4},
+        "2": {"prefill_mode": "hisa", "top_blocks": 96},
+        "3": {"prefill_mode": "misa_rerank", "active_heads": 16, "candidates": 12288},
+    },
+}
 SET_PROMPTS = (3000, 18000)  # within every budget, and so far beyond that re-ranking prunes
 
 
@@ -159,6 +175,32 @@ def check_sets(server: Server, check: Check, layers: int) -> None:
                 check.expect(pruned, f"{num_tokens} tokens, {mode}: another selection, {found[0]:.3f} of native's")
 
 
+def check_layers(server: Server, check: Check) -> None:
+    """LAYERS_FILE: every layer's mode is counted and ran on the device; native's answers within the budget."""
+    counted = ("native", "misa_rerank", "hisa")
+
+    def calls() -> dict[str, int]:
+        listed = [one for one in server.status()["calls"] if one["phase"] == "prefill"]
+        return {mode: sum(one["calls"] for one in listed if one["mode"] == mode) for mode in counted}
+
+    answers: dict[str, list[list[int]]] = {}
+    for mode in ("native", "auto"):
+        server.switch_prefill(mode)
+        before, on_device = calls(), {name: runs(server, f"prefill/{name}") for name in counted}
+        answers[mode] = []
+        for num_tokens in (*WITHIN_BUDGET, LONG[0]):
+            server.flush()
+            answers[mode].append(server.generate(prompt(num_tokens, num_tokens), NEW_TOKENS))
+        ran = {name: calls()[name] - before[name] for name in counted}
+    check.record["layers"] = {"answers": answers, "calls": ran}
+    even = ran["hisa"] > 0 and ran["native"] == ran["hisa"] and ran["misa_rerank"] == 2 * ran["hisa"]
+    check.expect(even, f"calls of layers native, misa_rerank, hisa, misa_rerank: {ran}")
+    for name in ("misa_rerank", "hisa"):
+        check.expect(runs(server, f"prefill/{name}") > on_device[name], f"layers: the device ran {name}")
+    same = answers["auto"][: len(WITHIN_BUDGET)] == answers["native"][: len(WITHIN_BUDGET)]
+    check.expect(same, f"layers: native's answers to prompts of {WITHIN_BUDGET} tokens")
+
+
 def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, port: int, arguments: list[str]) -> dict:
     check = Check(name)
     options = {
@@ -180,7 +222,13 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             ["--enable-return-indexer-topk", "--max-total-tokens=32768", "--context-length=20000"],
             {"SGLANG_DSA_FUSE_TOPK": "0"},
         ),
+        "layers": (
+            {"settings_file": str(out / "layers_settings.json"), "decode_mode": "native", "runtime_switch": "1"},
+            [],
+            {},
+        ),
     }
+    (out / "layers_settings.json").write_text(json.dumps(LAYERS_FILE, indent=1))
     settings, extra, environ = options[name]
     print(f"{name}: {settings} {' '.join(extra)}", flush=True)
     extra = [*extra, *arguments]
@@ -193,6 +241,8 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             check_decode(server, check, graph=True)
         elif name == "sets":
             check_sets(server, check, layers)
+        elif name == "layers":
+            check_layers(server, check)
         else:
             check_modes(server, check, ("native", "misa_rerank", "hisa"))
             if name == "paged":
@@ -223,7 +273,9 @@ def compare_decode(out: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused", "sets"])
+    parser.add_argument(
+        "--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused", "sets", "layers"]
+    )
     parser.add_argument("--model", type=Path, help="model directory; default: a tiny model is written to OUT/model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16, help="16: one rank of 8-way tensor parallelism")

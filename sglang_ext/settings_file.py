@@ -26,10 +26,10 @@ class SettingsFile:
     values: Mapping[str, Any]
     tuned_on: Mapping[str, Any]
 
-    def check_model(self, num_layers: int | None, heads: int, top_k: int) -> None:
+    def check_model(self, num_layers: int | None, heads: int | None, top_k: int | None) -> None:
         """Raises ValueError where the file was tuned on another model, or names a layer that the served one lacks.
 
-        num_layers: None where the model config does not say it.
+        None: what is not known of the served model.
         """
         served = {"num_layers": num_layers, "heads": heads, "top_k": top_k}
         for name, meaning in MODEL_FACTS.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_ext.cli import doctor_checks
 from sglang_ext.cli.doctor_checks import Check, Model
-from sglang_ext.cli.model_config import read_model_config
+from sglang_ext.cli.model_config import check_tuned_on, read_model_config
 from sglang_ext.settings import Settings, load_settings
 
 
@@ -56,13 +56,14 @@ def read_settings(config: dict[str, Any] | None) -> tuple[Settings | None, Check
     """The settings in force (defaults < model config < environment), or None with what is wrong with them."""
     try:
         settings = load_settings(config, os.environ)
+        check_tuned_on(settings, config)
     except (ValueError, TypeError) as error:
         return None, Check("settings", "problem", str(error))
     default = Settings()
     changed = {
         field.name: value
         for field in dataclasses.fields(settings)
-        if (value := getattr(settings, field.name)) != getattr(default, field.name)
+        if (value := getattr(settings, field.name)) != getattr(default, field.name) and field.name != "layers"
     }
     shown = ", ".join(f"{name}={value}" for name, value in changed.items())
     return settings, Check("settings", "ok", shown or "all defaults")
@@ -81,6 +82,8 @@ def all_checks(
         return
     for phase in ("prefill", "decode"):
         yield doctor_checks.check_phase(phase, settings, model)
+    if settings.layers:
+        yield doctor_checks.check_layers(settings, model)
     if args.skip_kernels:
         yield Check("kernels", "skipped", "--skip-kernels")
     else:

@@ -17,6 +17,7 @@ from sglang_ext.cli.serve import check_installed, check_whitelist
 from sglang_ext.policy import BatchView, asks, choose
 from sglang_ext.settings import Settings
 
+PHASES = ("prefill", "decode")
 PROBE_LENGTHS = (8192, 32768, 131072)
 PROBE_ROWS = 8192  # a chunk of SGLang's default chunked prefill on large GPUs
 
@@ -112,6 +113,20 @@ def check_phase(phase: str, settings: Settings, model: Model) -> Check:
         shown.append(f"{length // 1024}K: {decision.mode} ({decision.reason})")
     detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")
     return Check(f"would run in {phase}", "problem" if refusal else "ok", detail)
+
+
+def check_layers(settings: Settings, model: Model) -> Check:
+    """What layers with settings of their own would run, and which of them no kernel serves."""
+    shown, refusals = [], []
+    for number, _ in settings.layers:
+        own = settings.of_layer(number)
+        modes = {phase: policy.mode_to_try(phase, own) if asks(phase, own) else "native" for phase in PHASES}
+        shown.append(f"{number}: {'/'.join(modes.values())}")
+        for mode in dict.fromkeys(mode for mode in modes.values() if mode != "native"):
+            if (refusal := kernel_refusal(mode, own, model)) is not None:
+                refusals.append(f"layer {number}, {mode}: {refusal}")
+    detail = f"prefill/decode of layers with settings of their own: {', '.join(shown)}"
+    return Check("layers", "problem" if refusals else "ok", "; ".join([detail, *refusals]))
 
 
 def kernel_refusal(mode: str, settings: Settings, model: Model) -> str | None:

@@ -1,9 +1,12 @@
 """The model config as SGLang will see it: a model folder's config.json under --json-model-override-args."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sglang_ext.settings import Settings
+from sglang_ext.settings_file import read_settings_file
 
 
 def model_config_of(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -24,6 +27,13 @@ def read_model_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a model folder, or None where there is none."""
     path = folder / "config.json"
     return _parse(path.read_text(), str(path)) if path.is_file() else None
+
+
+def check_tuned_on(settings: Settings, config: Mapping[str, Any] | None) -> None:
+    """Raises ValueError where the settings' file does not belong to the model of this config."""
+    if settings.settings_file is not None and config:
+        facts = (config.get(name) for name in ("num_hidden_layers", "index_n_heads", "index_topk"))
+        read_settings_file(settings.settings_file).check_model(*facts)
 
 
 def value_of(arguments: Sequence[str], option: str) -> str | None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from sglang_ext.cli.model_config import model_config_of
+from sglang_ext.cli.model_config import check_tuned_on, model_config_of
 from sglang_ext.settings import load_settings
 
 PREFIX = "SGLANG_EXT_"
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace, passed_on: Sequence[str]) -> int:
     settings = settings_of(args)
     environ = {**os.environ, **settings}
     check_whitelist(environ)
-    load_settings(model_config_of(passed_on), environ)  # a typo ends here, not after a model has loaded
+    config = model_config_of(passed_on)
+    check_tuned_on(load_settings(config, environ), config)  # a typo ends here, not after a model has loaded
     command = [sys.executable, "-m", "sglang.launch_server", *passed_on]
     if args.dry_run:
         ours = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}

@@ -40,6 +40,8 @@ def hooks(monkeypatch):
         ("SGLANG_EXT_MODE", "mias", "mode='mias' must be one of native, misa"),
         ("SGLANG_EXT_MOD", "misa", "unknown setting SGLANG_EXT_MOD (did you mean mode?)"),
         ("SGLANG_EXT_TOP_BLOCKS", "3", "top_blocks=3"),
+        ("SGLANG_EXT_SETTINGS_FILE", "/nowhere/tuned.json", "settings file /nowhere/tuned.json cannot be read"),
+        ("SGLANG_EXT_SETTINGS_FILE", __file__, f"settings file {__file__} is not JSON"),
     ],
 )
 def test_a_wrong_setting_always_ends_the_process(monkeypatch, hooks, strict, name, value, said):

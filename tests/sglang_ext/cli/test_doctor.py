@@ -78,6 +78,40 @@ def test_settings_of_the_model_config(healthy, tmp_path, capsys):
     assert code == 0 and content["settings"]["mode"] == "hisa"
 
 
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A settings file in force, and the folder of a model that it fits."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "index_n_heads": 64}))
+    content = {"format": 1, "tuned_on": {"num_layers": 3, "heads": 64}}
+    content["layers"] = {"0": {"mode": "native"}, "2": {"prefill_mode": "hisa"}, "1": {"active_heads": 5}}
+
+    def make(**changes):
+        (tmp_path / "tuned.json").write_text(json.dumps(content | changes))
+        monkeypatch.setenv("SGLANG_EXT_SETTINGS_FILE", str(tmp_path / "tuned.json"))
+        return tmp_path
+
+    return make
+
+
+def test_layers_of_a_settings_file(healthy, tuned, capsys):
+    pytest.importorskip("tilelang")
+    folder = tuned()
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert code == 1 and "layers=" not in checks["settings"]["detail"]
+    assert checks["layers"]["detail"].split("; ") == [
+        "prefill/decode of layers with settings of their own: 0: native/native, 1: misa_rerank/native, 2: hisa/native",
+        "layer 1, misa_rerank: active_heads=5, kernels are built for 4, 8 and 16",
+    ]
+
+
+def test_a_settings_file_of_another_model(healthy, tuned, capsys):
+    folder = tuned(tuned_on={"num_layers": 61})
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert code == 1 and "tuned_on.num_layers=61, but the served model has 3" in checks["settings"]["detail"]
+    code, checks, _ = findings(capsys, "--skip-kernels")
+    assert checks["settings"]["status"] == "ok", "without a model there is nothing to compare"
+
+
 def test_missing_model_config_is_a_user_error(tmp_path, capsys):
     assert main(["doctor", "--model-path", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"sglang-ext doctor: error: --model-path {tmp_path} has no config.json\n"

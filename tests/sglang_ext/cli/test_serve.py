@@ -89,6 +89,25 @@ def test_bad_settings_end_before_the_server(arguments, message, capsys, monkeypa
     assert message in err and err.startswith("sglang-ext serve: error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "mo', "tuned.json is not JSON, it may be cut off"),
+        ('{"format": 1, "layers": {"3": {"mode": "mias"}}}', "layers.3.mode='mias' must be one of native"),
+        ('{"format": 1, "tuned_on": {"num_layers": 61}}', "tuned_on.num_layers=61, but the served model has 3"),
+        ('{"format": 1, "layers": {"3": {"mode": "hisa"}}}', "layers.3 is not there: the served model has layers 0 to"),
+    ],
+)
+def test_a_wrong_settings_file_ends_before_the_server(content, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("started a server"))
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
+    (tmp_path / "tuned.json").write_text(content)
+    arguments = ["--set", f"settings_file={tmp_path / 'tuned.json'}", "--model-path", str(tmp_path)]
+    assert main(["serve", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("allowed", "code"), [("other", 2), ("other, sglang_ext", 0), ("", 0)])
 def test_plugin_whitelist(allowed, code, capsys, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", allowed)
