@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from indexer_kernels.params import MODES, IndexerParams
-from sglang_ext.layer_values import Frozen, merge, override, parse_layers, thaw
+from sglang_ext.layer_values import PHASE_MODES, Frozen, merge, override, parse_layers, thaw
 from sglang_ext.settings_file import read_settings_file
 
 PREFIX = "SGLANG_EXT_"
@@ -29,8 +29,9 @@ MAY_BE_UNSET = ("prefill_mode", "decode_mode", "settings_file", "trace_dir")
 PATHS = ("settings_file", "trace_dir")  # their names keep their capitals
 
 
-def _setting(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+def _setting(default: Any, meaning: str, page: str = "docs/settings.md") -> Any:
+    """page: the file whose table lists it, beside docs/settings.md, which lists all."""
+    return field(default=default, metadata={"help": meaning, "page": page})
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +128,9 @@ def load_settings(model_config: Mapping[str, Any] | None, environ: Mapping[str, 
     """Defaults < the papers' fields of the model config < its `sglang_ext` field < the settings file that it or
     SGLANG_EXT_SETTINGS_FILE names < SGLANG_EXT_<FIELD> variables.
 
-    What a later source sets for the deployment replaces what an earlier one sets for single layers, but for a mode of
-    `auto`, which leaves the choice to them. Raises ValueError for an unknown setting or value, naming it, its file if
-    it is in one, and what is allowed.
+    What a later source sets for the deployment replaces what an earlier one sets for single layers, and its `mode` what
+    an earlier one sets for one phase; but a `mode` of `auto` leaves the choice to them. Raises ValueError for an
+    unknown setting or value, naming it, its file if it is in one, and what is allowed.
     """
     config: list[dict[str, Any]] = []
     if model_config:
@@ -164,6 +165,8 @@ def _merged(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One value of each setting: the last source's; entries of layers value by value."""
     values: dict[str, Any] = {}
     for source in sources:
+        if source.get("mode", "auto") != "auto":  # for both phases, whatever an earlier source had for one of them
+            values = {name: value for name, value in values.items() if name not in PHASE_MODES}
         layers = merge(override(values.get("layers", ()), source), source.get("layers", ()))
         values |= source
         if layers or "layers" in values:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_ext import policy
-from sglang_ext.settings import Settings
+from sglang_ext.settings import Settings, load_settings
 from sglang_ext.stage import Stage
 from tests.support.brute_force import brute_force
 from tests.support.compare import assert_same_selection
@@ -175,6 +175,20 @@ def test_native_layers(serve, batch):
     assert [result is NATIVE for result in results] == [True, False, True, False]
     assert [args[3] for _, args, _ in served.calls] == [0, 2]
     check(results[3], batch, MISA)
+    assert served.counted() == {("prefill", "misa", "configured"), ("prefill", "native", "native_layer")}
+
+
+def test_layers_with_settings_of_their_own(serve, batch):
+    """A mode and parameters per layer in one forward, through the real methods, in both phases."""
+    own = {"0": {"mode": "native"}, "2": {"active_heads": 4}, "3": {"route_block": 128}}
+    base = {name: value for name, value in STRICT.as_dict().items() if name != "layers"}
+    layered = load_settings({"sglang_ext": {**base, "layers": own}}, {})
+    served, metadata = serve(layered, batch), sut.metadata(batch)
+    results = [extend(batch, metadata, layer=layer) for layer in range(4)]
+    assert [result is NATIVE for result in results] == [True, False, False, False]
+    for layer, want in ((1, MISA), (2, replace(MISA, active_heads=4)), (3, replace(MISA, route_block=128))):
+        check(results[layer], batch, want)
+    assert len({tuple(map(tuple, result.sort(dim=1).values.tolist())) for result in results[1:]}) == 3
     assert served.counted() == {("prefill", "misa", "configured"), ("prefill", "native", "native_layer")}
 
 

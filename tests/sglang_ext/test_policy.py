@@ -50,6 +50,11 @@ TABLE = [
     (Settings(), prefill(57343)._replace(heads=32), Decision("native", "below_break_even")),
     (Settings(), prefill(57343)._replace(heads=0), Decision("native", "below_break_even")),
     (Settings(prefill_min_tokens=100), prefill(100)._replace(heads=32), Decision(AUTO_PREFILL, "auto_selected")),
+    # auto with another mode: what it waits for is the same, and pages are misa_rerank's only
+    (Settings(auto_prefill_mode="hisa"), prefill(LONG), Decision("hisa", "auto_selected")),
+    (Settings(auto_prefill_mode="hisa"), prefill(LONG - 1), Decision("native", "below_break_even")),
+    (replace(PAGES, auto_prefill_mode="hisa"), prefill(LONG), Decision("hisa", "auto_selected")),
+    (Settings(auto_prefill_mode="hisa", mode="misa"), prefill(1), Decision("misa", "configured")),
     # few rows
     (Settings(), prefill(LONG)._replace(rows=ROWS - 1), Decision("native", "few_rows")),
     (Settings(prefill_min_rows=1), prefill(LONG)._replace(rows=1), Decision(AUTO_PREFILL, "auto_selected")),

@@ -108,6 +108,18 @@ def test_the_environment_wins_over_the_files_layers(write, environ, prefill, dec
     assert (chosen, own.phase_mode("decode"), own.active_heads) == (prefill, decode, heads)
 
 
+@pytest.mark.parametrize(
+    ("mode", "prefill", "decode"),
+    [("native", "native", "native"), ("misa", "misa", "misa"), ("auto", "hisa", "misa"), (None, "hisa", "misa")],
+)
+def test_a_later_mode_is_for_both_phases(write, mode, prefill, decode):
+    environ = {} if mode is None else {"mode": mode}
+    settings = load(write({"prefill_mode": "hisa", "decode_mode": "misa"}), **environ)
+    assert (settings.phase_mode("prefill"), settings.phase_mode("decode")) == (prefill, decode)
+    both = load(write({"prefill_mode": "hisa"}), **{"mode": "native", "decode_mode": "misa"})
+    assert (both.phase_mode("prefill"), both.phase_mode("decode")) == ("native", "misa")
+
+
 def test_layers_of_two_sources_come_together(write):
     path = write({"layers": {"3": {"active_heads": 4}, "5": {"mode": "native"}}})
     config = {"sglang_ext": {"layers": {"3": {"active_heads": 16, "group": 2}, "7": {"group": 2}}}}
