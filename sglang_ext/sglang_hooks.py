@@ -185,8 +185,8 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             lengths=metadata.get_indexer_seq_len_cpu,
             page_table=metadata.get_page_table_64(),
             q=q_fp8,
-            unsupported=lambda: unsupported_reason(indexer, attention, pool) or _split_prompts(stage, forward_batch),
             layer_id=layer_id,
+            unsupported=lambda: unsupported_reason(indexer, attention, pool) or _split_prompts(stage, forward_batch),
         )
         if forward.trace is not None:
             stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
@@ -218,8 +218,8 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
-            unsupported=lambda: unsupported_reason(indexer, attention, pool),
             layer_id=layer_id,
+            unsupported=lambda: unsupported_reason(indexer, attention, pool),
         )
         if not stage.takes(forward, layer_id):
             return native()

@@ -145,8 +145,8 @@ class Stage:
         lengths: Callable[[], torch.Tensor],
         page_table: torch.Tensor,
         q: torch.Tensor,
-        unsupported: Callable[[], str | None],
         layer_id: int,
+        unsupported: Callable[[], str | None],
     ) -> Forward:
         """The forward's decision and plan, made at the first layer of those that share their settings. lengths() is
         SGLang's CPU copy: no device read.
@@ -185,8 +185,8 @@ class Stage:
         page_table: torch.Tensor,
         num_rows: int,
         q: torch.Tensor,
-        unsupported: Callable[[], str | None],
         layer_id: int,
+        unsupported: Callable[[], str | None],
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
 

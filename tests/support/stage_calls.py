@@ -46,8 +46,8 @@ def prefill(stage: Stage, batch: Batch, attention: object = None, **changes: Any
         "lengths": lambda: torch.tensor([300, 40, 70]),
         "page_table": batch.page_table,
         "q": batch.q,
-        "unsupported": Asked(),
         "layer_id": 0,
+        "unsupported": Asked(),
     }
     return stage.prefill(**arguments | changes)
 
@@ -60,8 +60,8 @@ def decode(stage: Stage, **changes: Any) -> Forward:
         "page_table": torch.zeros((2, 3), dtype=torch.int32),
         "num_rows": 2,
         "q": torch.zeros((4, 8, 128)).to(torch.float8_e4m3fn),
-        "unsupported": Asked(),
         "layer_id": 0,
+        "unsupported": Asked(),
     }
     return stage.decode(**arguments | changes)
 
