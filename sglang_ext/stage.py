@@ -88,10 +88,11 @@ class Stage:
         self.counters.prepare_device(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
         done: set[tuple[str, object]] = set()
-        for number, settings in self._layer_settings.all(self.settings):
-            modes = [mode for mode in self._runnable(settings, q, top_k) if (mode, settings.params(top_k)) not in done]
-            if number == 0 and settings.runtime_switch:  # any of them may be asked for later
+        for _, settings in self._layer_settings.all(self.settings):
+            modes = self._runnable(settings, q, top_k)
+            if settings.runtime_switch:  # any of them may be asked for later
                 modes += [m for m in MODES if m not in modes and self._refusal(settings, m, q, top_k) is None]
+            modes = [mode for mode in modes if (mode, settings.params(top_k)) not in done]
             if settings.backend != "reference":
                 self._support.compile(settings, modes, num_heads, top_k)
             done |= {(mode, settings.params(top_k)) for mode in modes}
