@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from indexer_kernels.params import MODES
 from indexer_kernels.top_k import TopK
 from sglang_ext import __version__, policy
 from sglang_ext.counters import Counters
@@ -24,7 +23,8 @@ from sglang_ext.forwards import (
 from sglang_ext.layer_settings import LayerSettings, Variant
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
-from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.runtime_switch import MODE_NUMBERS, RuntimeSwitch
+from sglang_ext.settings import Settings, load_settings
 from sglang_ext.settings_file import read_settings_file
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
@@ -45,7 +45,7 @@ class Stage:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
         self.settings = settings
-        self._switched: tuple[Settings, Settings] | None = None  # settings before a switch, and after it
+        self._switch = RuntimeSwitch()
         self._layer_settings = LayerSettings()
         self._obstacle: str | None = None
         self.counters = Counters()
@@ -87,30 +87,8 @@ class Stage:
             return
         self.counters.prepare_device(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
-        done: set[tuple[str, object]] = set()
-        for _, settings in self._layer_settings.all(self.settings):
-            modes = self._runnable(settings, q, top_k)
-            if settings.runtime_switch:  # any of them may be asked for later
-                modes += [m for m in MODES if m not in modes and self._refusal(settings, m, q, top_k) is None]
-            modes = [mode for mode in modes if (mode, settings.params(top_k)) not in done]
-            if settings.backend != "reference":
-                self._support.compile(settings, modes, num_heads, top_k)
-            done |= {(mode, settings.params(top_k)) for mode in modes}
-
-    def _runnable(self, settings: Settings, q: torch.Tensor, top_k: int) -> list[str]:
-        """The modes that these settings ask for, without those that the machine refuses."""
-        modes = []
-        for phase in ("prefill", "decode"):
-            if not policy.asks(phase, settings):
-                continue
-            mode = policy.mode_to_try(phase, settings)
-            refusal = self._refusal(settings, mode, q, top_k)
-            if refusal is not None:
-                wanted = mode if settings.phase_mode(phase) != "auto" else "auto"
-                self._reject(f"{phase} mode {wanted!r}: {refusal}")
-            elif mode not in modes:
-                modes.append(mode)
-        return modes
+        variants = [one.settings for one in self._layer_settings.all(self.settings)]
+        self._support.prepare(variants, q, top_k)
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -277,31 +255,19 @@ class Stage:
             "version": __version__,
             "settings": self.settings.as_dict(),
             "modes": {phase: self.settings.phase_mode(phase) for phase in ("prefill", "decode")},
-            "mode_numbers": _mode_numbers() if self.settings.runtime_switch else {},
+            "mode_numbers": dict(MODE_NUMBERS) if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
             "refused": sorted(self._support.rejected),
             **self.counters.snapshot(),
         }
 
     def prefill_mode_number(self, value: float) -> str:
-        """The mode that a number of `mode_numbers` names; ValueError for another value. (The route carries numbers
-        only.)
-        """
-        if not self.settings.runtime_switch:
-            raise ValueError("the prefill mode cannot be switched: the setting runtime_switch is off")
-        if value not in range(len(SERVE_MODES)):
-            raise ValueError(f"sglang_ext_prefill_mode={value} must be one of {_mode_numbers()}")
-        return SERVE_MODES[int(value)]
+        """The mode that a number of `mode_numbers` names; ValueError for another value."""
+        return self._switch.mode(self.settings, value)
 
     def switch_prefill(self, value: float) -> None:
-        """Prefill is never captured, so its mode may change between forwards. `auto` is what `auto` was before."""
-        mode = self.prefill_mode_number(value)
-        logger.info("prefill mode switched from %s to %s", self.settings.phase_mode("prefill"), mode)
-        before = self.settings
-        if self._switched is not None and before is self._switched[1]:
-            before = self._switched[0]
-        self.settings = before.switched(mode)
-        self._switched = (before, self.settings)
+        """Another prefill mode from the next forward on. Raises ValueError as `prefill_mode_number` does."""
+        self.settings = self._switch.switched(self.settings, value)
 
     def _variant(self, layer_id: int) -> Variant:
         return self._layer_settings.of(self.settings, layer_id)
@@ -318,9 +284,6 @@ class Stage:
 
     def _supported(self, settings: Settings, view: BatchView, q: torch.Tensor) -> BatchView:
         return self._support.narrow(settings, view, q, self.settings_top_k())
-
-    def _refusal(self, settings: Settings, mode: str, q: torch.Tensor, top_k: int) -> str | None:
-        return self._support.refusal(settings, mode, q, top_k)
 
     def _reject(self, sentence: str) -> None:
         self._support.reject(self.settings, sentence)
@@ -349,7 +312,3 @@ class Stage:
             forward.trace = plan
         elif self.counters.skip_trace(plan):
             logger.info("no trace of this forward: %s", plan)
-
-
-def _mode_numbers() -> dict[str, int]:
-    return {mode: number for number, mode in enumerate(SERVE_MODES)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from indexer_kernels.backend import gpu_refusal
-from indexer_kernels.params import IndexerParams
+from indexer_kernels.params import MODES, IndexerParams
 from sglang_ext import policy
 from sglang_ext.policy import BatchView
 from sglang_ext.settings import Settings
@@ -53,6 +53,34 @@ class Support:
         if sentence not in self.rejected:
             self.rejected.add(sentence)
             logger.warning("SGLang's own indexer serves: %s", sentence)
+
+    def prepare(self, variants: Sequence[Settings], q: torch.Tensor, top_k: int) -> None:
+        """Before the first request: refuse what cannot run, compile what can, of every layer's settings. q: no rows, in
+        the model's shape. RuntimeError under strict.
+        """
+        done: set[tuple[str, IndexerParams]] = set()
+        for settings in variants:
+            params, modes = settings.params(top_k), self._runnable(settings, q, top_k)
+            if settings.runtime_switch:  # any of them may be asked for later
+                modes += [m for m in MODES if m not in modes and self.refusal(settings, m, q, top_k) is None]
+            modes = [mode for mode in modes if (mode, params) not in done]
+            if settings.backend != "reference":
+                self.compile(settings, modes, q.shape[1], top_k)
+            done |= {(mode, params) for mode in modes}
+
+    def _runnable(self, settings: Settings, q: torch.Tensor, top_k: int) -> list[str]:
+        """The modes that the settings ask for, without those that the machine refuses."""
+        modes: list[str] = []
+        for phase in ("prefill", "decode"):
+            if not policy.asks(phase, settings):
+                continue
+            mode = policy.mode_to_try(phase, settings)
+            refusal = self.refusal(settings, mode, q, top_k)
+            if refusal is not None:
+                self.reject(settings, f"{phase} mode {settings.phase_mode(phase)!r}: {refusal}")
+            elif mode not in modes:
+                modes.append(mode)
+        return modes
 
     def compile(self, settings: Settings, modes: Sequence[str], num_heads: int, top_k: int) -> None:
         """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
