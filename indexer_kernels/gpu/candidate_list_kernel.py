@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
-from indexer_kernels.gpu.sample_kernel import Thresholds
+from indexer_kernels.gpu.sample_threshold_kernel import Thresholds
 
 WORDS = 512  # words of 8 tokens per step
 NUM_WARPS = 4

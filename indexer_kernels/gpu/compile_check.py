@@ -19,6 +19,7 @@ from indexer_kernels.gpu import (
     routed_pack_kernel,
     routed_scores_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_scores_kernel,
     token_select_kernel,
 )
@@ -121,8 +122,10 @@ def _threshold_builders(
     mode: str, budget: int, forced: tuple[int, int], among_all: bool
 ) -> dict[str, Callable[[], object]]:
     """One variant for each number of samples that some context needs."""
-    compile_for = functools.partial(sample_kernel.compile_sample_threshold, budget, *forced, among_all)
-    return {f"{mode} sample_threshold {held}": functools.partial(compile_for, held) for held in sample_kernel.HELD}
+    compile_for = functools.partial(sample_threshold_kernel.build_for, budget, *forced, among_all)
+    return {
+        f"{mode} sample_threshold {held}": functools.partial(compile_for, held) for held in sample_threshold_kernel.HELD
+    }
 
 
 def _select_builders(

@@ -7,7 +7,8 @@ from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_c
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
 from indexer_kernels.gpu.group_proxy_kernel import group_proxies
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
-from indexer_kernels.gpu.sample_kernel import list_width, sample_threshold
+from indexer_kernels.gpu.sample_kernel import list_width
+from indexer_kernels.gpu.sample_threshold_kernel import sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.gpu.token_select_kernel import token_select
 from indexer_kernels.gpu.work import Work, counting, row_tables, slices, table_pages

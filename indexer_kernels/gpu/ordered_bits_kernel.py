@@ -10,10 +10,3 @@ def ordered_bits(score):
     score = tl.where(score == 0.0, 0.0, score)  # one zero, so that -0.0 and 0.0 tie
     bits = score.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def from_ordered_bits(key):
-    """The float32 whose `ordered_bits` is `key`."""
-    bits = key.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ -2147483648, ~bits).to(tl.float32, bitcast=True)

@@ -17,6 +17,7 @@ from indexer_kernels.gpu import (
     routed_pack_kernel,
     routed_scores_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_scores_kernel,
     token_select_kernel,
 )
@@ -80,6 +81,17 @@ def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, w
     assert kernel.source.count("__syncthreads()") == 1
 
 
+@pytest.mark.parametrize(("among_all", "held"), [(False, 8192), (False, 1024), (True, 8192), (True, 2048)])
+def test_thresholds_fit_their_blocks(among_all, held, tmp_path):
+    constants = (sample_kernel.CELL, sample_kernel.MOST, sample_kernel.SIGMAS)
+    prim_func = sample_threshold_kernel.sample_threshold_prim_func(8192, 64, 128, *constants, among_all, held)
+    kernel = compile_sm90a(prim_func, tmp_path, sample_threshold_kernel.CONFIGS)
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    threads = sample_threshold_kernel.HELD[held]
+    assert f"__launch_bounds__({threads}, {1536 // threads})" in kernel.source
+    assert kernel.count("ATOMS.POPC.INC") == 2 * held // threads, "adds to a bin that lanes share are one operation"
+
+
 @pytest.mark.parametrize("capacity", page_select_kernel.CAPACITIES)
 @pytest.mark.parametrize(("budget", "unit_pages", "values"), [(128, 1, 4), (64, 2, 1)])
 def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_path):
@@ -98,7 +110,6 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
     [
         (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
         (sample_kernel.compile_sample_keys, None),
-        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False, 8192), None),
         (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True), None),
         (rescan_kernel.compile_gather, None),
         (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
@@ -107,7 +118,6 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
     ids=[
         "token_select",
         "sample_keys",
-        "sample_threshold",
         "list from scores",
         "rescan_gather",
         "rescan_scores",
@@ -132,7 +142,6 @@ def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, 
         (token_select_kernel.token_select_kernel, token_select_kernel.DYNAMIC),
         (candidate_list_kernel.candidate_list_kernel, candidate_list_kernel.DYNAMIC),
         (sample_kernel.sample_keys_kernel, sample_kernel.COPIED),
-        (sample_kernel.sample_threshold_kernel, sample_kernel.SEARCHED),
         (rescan_kernel.gather_unsure_kernel, rescan_kernel.GATHERED),
         (rescan_kernel.rescan_scores_kernel, rescan_kernel.SCORED),
         (rescan_kernel.rescan_choice_kernel, rescan_kernel.CHOSEN),
@@ -149,7 +158,7 @@ def test_runtime_arguments_do_not_specialise(kernel, dynamic):
 ROUTING = {"block_means 128", "head_route H=64", "routed_pack H=64"}
 SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
 STEPS = (
-    *(f"sample_threshold {held}" for held in sample_kernel.HELD),
+    *(f"sample_threshold {held}" for held in sample_threshold_kernel.HELD),
     "candidate_list",
     "rescan_choice",
     "token_scores",
@@ -180,6 +189,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     for module in (
         head_route_kernel,
         bit_list_kernel,
+        sample_threshold_kernel,
         block_means_kernel,
         block_score_kernel,
         routed_pack_kernel,

@@ -2,6 +2,7 @@
 // compiler can run them on a CPU: every thread of a block is a fibre, which yields where it would wait for others.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <ucontext.h>
@@ -15,6 +16,7 @@ typedef unsigned short ushort;
 typedef unsigned char uchar;
 using std::max;
 using std::min;
+static constexpr float CUDART_INF_F = INFINITY;
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
@@ -115,6 +117,10 @@ template <class T, class V> static void AtomicAdd(T* address, V value, int = 0) 
 namespace tl {
 template <class T> static T warp_reduce_max(T value) {
   for (int d = 16; d; d /= 2) value = std::max(value, __shfl_xor_sync(0, value, d, 32));
+  return value;
+}
+template <class T> static T warp_reduce_sum(T value) {
+  for (int d = 16; d; d /= 2) value += __shfl_xor_sync(0, value, d, 32);
   return value;
 }
 }  // namespace tl

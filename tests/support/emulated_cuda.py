@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from indexer_kernels.gpu import bit_list_kernel
+from indexer_kernels.gpu import bit_list_kernel, sample_threshold_kernel
 from tests.support.sm90a import lower
 
 
@@ -84,3 +84,10 @@ def build_bit_list(unit_rows: int, *setting: int | bool) -> Callable[..., None]:
     prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, *setting)
     parts = unit_rows // bit_list_kernel.ROWS
     return emulated(prim_func, bit_list_kernel.CONFIGS, lambda dims: dims["num_units"] * parts)
+
+
+@functools.cache
+def build_sample_threshold(*setting: float) -> Callable[..., None]:
+    """In place of `sample_threshold_kernel.build`."""
+    prim_func = sample_threshold_kernel.sample_threshold_prim_func(*setting)
+    return emulated(prim_func, sample_threshold_kernel.CONFIGS, lambda dims: dims["places"])

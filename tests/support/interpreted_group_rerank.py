@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import group_rerank, token_select_kernel, work
+from indexer_kernels.gpu import group_rerank, sample_threshold_kernel, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
 from indexer_kernels.gpu.work import Pool, Work
@@ -26,6 +26,7 @@ from indexer_kernels.row_groups import group_proxies
 from indexer_kernels.row_plan import RowPlan, plan_decode, plan_rows
 from indexer_kernels.top_k import torch_top_k
 from tests.support.compare import assert_form, assert_nothing_lost
+from tests.support.emulated_cuda import build_sample_threshold
 from tests.support.inputs import Batch, make_batch
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40)
@@ -170,7 +171,7 @@ def check_mode(batch: Batch, plan: RowPlan, params: IndexerParams) -> None:
 def main() -> None:
     token_select_kernel.BLOCK = 512  # several blocks a row on short rows
     group_rerank.paged_logits, group_rerank.group_scores = float_logits, float_scores
-    group_rerank.group_proxies = group_proxies
+    group_rerank.group_proxies, sample_threshold_kernel.build = group_proxies, build_sample_threshold
     compared = 0
     for lengths, rows in SHAPES:
         for num_heads, group, scratch in ((64, 4, "whole"), (64, 2, "sliced"), (64, 4, "sliced"), (32, 2, "whole")):

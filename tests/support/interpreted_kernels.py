@@ -16,17 +16,18 @@ from indexer_kernels.gpu import (
     candidate_list_kernel,
     rescan_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_select_kernel,
 )
 from indexer_kernels.gpu.bit_list_kernel import list_bits
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
 from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
-from indexer_kernels.gpu.sample_kernel import Thresholds
+from indexer_kernels.gpu.sample_threshold_kernel import Thresholds, sample_threshold
 from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.row_plan import TILE_ROWS
-from tests.support.emulated_cuda import build_bit_list
+from tests.support.emulated_cuda import build_bit_list, build_sample_threshold
 from tests.support.inputs import Batch, make_batch, slots_of
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40, active_heads=2, route_block=64)
@@ -181,19 +182,25 @@ def check_sample(batch: Batch) -> None:
         assert length < 700 or len(offsets) > cell // 2, "samples must not sit at one offset"
 
 
-def check_threshold(batch: Batch) -> None:
+def rounded_down(score: torch.Tensor) -> torch.Tensor:
+    """A float32 score without the last 14 bits of its place in the order of all scores."""
+    bits = (score + 0.0).view(torch.int32)  # one zero
+    return torch.where(bits < 0, bits | 0x3FFF, bits & ~0x3FFF).view(torch.float32)
+
+
+def check_threshold(batch: Batch, values: str) -> None:
     """The threshold is the wanted rank of the row's own samples, and the limit follows from it; so with every second
     sample too.
     """
     plan, cell, forced = batch.plan, sample_kernel.CELL, (64, PARAMS.local_tokens)
     rows = torch.cat([torch.arange(plan.num_rows), torch.tensor([-1])]).int()
-    scores = torch.randn((len(rows), -(-plan.max_length // cell)), generator=torch.Generator().manual_seed(4))
-    found = sample_kernel.sample_threshold(scores, rows, plan.row_lengths, PARAMS.candidates, *forced)
+    scores = scores_of(values, len(rows), -(-plan.max_length // cell))
+    found = sample_threshold(scores, rows, plan.row_lengths, PARAMS.candidates, *forced)
     # The same samples, picked out of the scores of all tokens.
     every = torch.full((len(rows), cell * scores.shape[1]), float("nan"))
     index = torch.arange(scores.shape[1])
     every[:, index * cell + (index * 2654435761 % 2**32 >> 16) % cell] = scores
-    among = sample_kernel.sample_threshold(every, rows, plan.row_lengths, PARAMS.candidates, *forced, among_all=True)
+    among = sample_threshold(every, rows, plan.row_lengths, PARAMS.candidates, *forced, among_all=True)
     assert torch.equal(among.scores, found.scores) and torch.equal(among.limits, found.limits)
     assert found.scores[-1] == -torch.inf
     for row, length in enumerate(plan.row_lengths.tolist()):
@@ -216,14 +223,13 @@ def check_threshold(batch: Batch) -> None:
             assert found.scores[row] == -torch.inf
         else:
             exact = seen.sort(descending=True).values[wanted - 1]
-            assert int((seen >= found.scores[row]).sum()) >= wanted
-            assert exact - found.scores[row] <= exact.abs() * 2**-8
+            assert found.scores[row] == rounded_down(exact)
 
 
 def main() -> None:
     token_select_kernel.BLOCK = 512  # several blocks a row on short rows
     candidate_list_kernel.WORDS = 64
-    bit_list_kernel.build = build_bit_list
+    bit_list_kernel.build, sample_threshold_kernel.build = build_bit_list, build_sample_threshold
     compared = 0
     for lengths, rows in SHAPES:
         for num_heads, values in ((64, "normal"), (32, "ties")):
@@ -233,7 +239,7 @@ def main() -> None:
             check_sample(batch)
             for most in (8192, 64):
                 sample_kernel.MOST = most
-                check_threshold(batch)
+                check_threshold(batch, values)
             compared += batch.plan.num_rows
     print(f"{compared} rows compared")
 

@@ -13,7 +13,15 @@ import dataclasses
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import bit_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
+from indexer_kernels.gpu import (
+    bit_list_kernel,
+    pipeline,
+    sample_kernel,
+    sample_threshold_kernel,
+    token_modes,
+    token_select_kernel,
+    work,
+)
 from indexer_kernels.gpu.candidate_list_kernel import Lists
 from indexer_kernels.gpu.routed import Keys, Routed
 from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
@@ -22,7 +30,7 @@ from indexer_kernels.reference.routing import route_heads, routing_scores
 from indexer_kernels.reference.scores import block_means, token_scores
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
-from tests.support.emulated_cuda import build_bit_list
+from tests.support.emulated_cuda import build_bit_list, build_sample_threshold
 from tests.support.inputs import Batch, make_batch
 from tests.support.interpreted_kernels import packed_heads
 
@@ -104,7 +112,8 @@ def check_modes(batch: Batch) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK, bit_list_kernel.build = 512, build_bit_list
+    token_select_kernel.BLOCK = 512
+    bit_list_kernel.build, sample_threshold_kernel.build = build_bit_list, build_sample_threshold
     token_modes.routed_scan, token_modes.token_scores = float_scan, float_token_scores
     token_modes.num_sms = lambda _device: 2
     compared = 0

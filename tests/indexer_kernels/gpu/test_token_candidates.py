@@ -12,7 +12,8 @@ from indexer_kernels import IndexerParams, select_paged, select_rows
 from indexer_kernels.gpu import pipeline, token_modes, token_select_kernel, work
 from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists
 from indexer_kernels.gpu.routed import route
-from indexer_kernels.gpu.sample_kernel import Thresholds, list_width, sample_keys, sample_threshold
+from indexer_kernels.gpu.sample_kernel import list_width, sample_keys
+from indexer_kernels.gpu.sample_threshold_kernel import Thresholds, sample_threshold
 from indexer_kernels.gpu.token_modes import candidate_lists
 from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
