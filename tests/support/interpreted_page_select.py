@@ -9,20 +9,22 @@ Prints how many rows were compared; an assertion ends it.
 
 import torch
 
-from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
+from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT, empty_candidates, page_select
 from indexer_kernels.reference.candidates import forced_units, visible_units
 from indexer_kernels.reference.choice import keep_within_budget
 from tests.support.inputs import Batch, make_batch
 from tests.support.interpreted_kernels import scores_of
 
 LOCAL = 100
-SHAPES = (([2100, 131, 1, 385, 384], [6, 3, 1, 3, 2]), ([40000], [3]), ([70000], [2]))  # three capacities
+# Every capacity.
+SHAPES = (([2100, 131, 1, 385, 384], [6, 3, 1, 3, 2]), ([40000], [3]), ([70000], [2]), ([140000], [1]), ([270000], [1]))
 
 
 def check_choice(batch: Batch, budget: int, unit_pages: int, values: int, kind: str) -> None:
     plan, unit = batch.plan, 64 * unit_pages
     max_units = -(-plan.max_length // unit)
-    scores = scores_of(kind, len(plan.tile_rows.flatten()), max_units * values + 8)
+    columns = -(-max_units * values // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    scores = scores_of(kind, len(plan.tile_rows.flatten()), columns + 8)
     chosen = empty_candidates(plan.num_rows, budget * unit_pages, torch.device("cpu"))
     chosen.physical.fill_(-7)
     page_select(

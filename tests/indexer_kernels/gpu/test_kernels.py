@@ -12,7 +12,7 @@ from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import block_score_kernel, head_route_kernel
 from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
-from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
+from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT, empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
@@ -174,7 +174,8 @@ def test_page_select_is_exact(shape, budget, unit_pages, values, ties):
     batch = make_batch(*shape, device="cuda", seed=5)
     plan, unit, local = batch.plan, 64 * unit_pages, 100
     max_units = -(-plan.max_length // unit)
-    scores = torch.randn(plan.num_tiles * TILE_ROWS, max_units * values + 8, device="cuda")
+    columns = -(-max_units * values // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    scores = torch.randn(plan.num_tiles * TILE_ROWS, columns + 8, device="cuda")
     if ties:
         scores = (scores * 2).round() * torch.where(torch.rand_like(scores) < 0.5, 1.0, -1.0)
     chosen = empty_candidates(plan.num_rows, budget * unit_pages, torch.device("cuda"))
