@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
-from indexer_kernels.row_groups import RowGroups, group_rows
+from indexer_kernels.row_groups import RowGroups, first_seen, group_rows
 
 Derived = TypeVar("Derived")
 TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
@@ -72,10 +72,26 @@ class RowPlan:
             if self.host_rows is None:
                 places = torch.arange(self.num_rows, dtype=torch.int32, device=self.row_lengths.device)
                 return RowGroups(places[:, None], places)
-            rows, row_place = group_rows(*self.host_rows, group)
+            rows, row_place = self._host_groups(group)
             flat, row_place = _upload_together([rows.flatten(), row_place], self.row_lengths.device)
             self._groups[group] = RowGroups(flat.view(-1, group), row_place)
         return self._groups[group]
+
+    def _host_groups(self, group: int) -> RowGroups:
+        return self.kept(("host groups", group), lambda: group_rows(*self.host_rows, group))
+
+    def scans(self, group: int) -> "RowPlan":
+        """The scans that the groups of `groups` share, as rows: row g sees what group g's first position sees, whether
+        that row is in the call or not (0: a group of rows without tokens). Made once, for all layers.
+        """
+        if self.host_rows is None:
+            return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+        return self.kept(("scans", group), lambda: self._plan_scans(*self.host_rows, group))
+
+    def _plan_scans(self, row_request: torch.Tensor, row_lengths: torch.Tensor, group: int) -> "RowPlan":
+        first = self._host_groups(group).rows[:, 0].long()
+        lengths = first_seen(row_lengths[first], group)
+        return plan_rows(row_request[first], lengths, self.request_lengths.shape[0], self.row_lengths.device)
 
 
 def plan_rows(

@@ -38,7 +38,7 @@ class Thresholds(NamedTuple):
 
 
 def sample_threshold_prim_func(
-    budget: int, first_tokens: int, local_tokens: int, cell: int, most: int, sigmas: float, among_all: bool, held: int
+    budget: int, first_tokens: int, local_tokens: int, cell: int, most: int, sigmas: float, held: int
 ):
     """thresholds[p] and limits[p] as `sample_threshold` says, of scores[p * score_stride + column].
 
@@ -70,7 +70,7 @@ def sample_threshold_prim_func(
             samples, step = T.alloc_var("int32"), T.alloc_var("int32")
             wanted, limit = T.alloc_var("int32"), T.alloc_var("int32")
             expected, deviations = T.alloc_var("float32"), T.alloc_var("float32")
-            column, sample, bits = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
+            sample, bits = T.alloc_var("int32"), T.alloc_var("int32")
             upper = T.alloc_var("uint32")
             before, total, other = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
             thread = T.get_thread_binding()
@@ -111,12 +111,7 @@ def sample_threshold_prim_func(
                     sample = i * threads + thread
                     key[i] = T.uint32(0)  # below every score: no sample
                     if sample < samples:
-                        column = first_cell + sample * step
-                        if among_all:
-                            column = column * cell + T.cast(
-                                ((T.cast(column, "uint32") * T.uint32(2654435761)) >> 16) % T.uint32(cell), "int32"
-                            )
-                        score = scores[base + column]
+                        score = scores[base + first_cell + sample * step]
                         if score == T.float32(0):
                             score = T.float32(0)  # one zero, so that -0.0 and 0.0 tie
                         bits = T.reinterpret(score, "int32")
@@ -181,22 +176,20 @@ def sample_threshold_prim_func(
 
 
 @functools.cache
-def build(
-    budget: int, first_tokens: int, local_tokens: int, cell: int, most: int, sigmas: float, among_all: bool, held: int
-):
+def build(budget: int, first_tokens: int, local_tokens: int, cell: int, most: int, sigmas: float, held: int):
     """Compiled once per setting and number of held samples, whatever the batch."""
     return tilelang.compile(
-        sample_threshold_prim_func(budget, first_tokens, local_tokens, cell, most, sigmas, among_all, held),
+        sample_threshold_prim_func(budget, first_tokens, local_tokens, cell, most, sigmas, held),
         target=TARGET,
         execution_backend="tvm_ffi",
         pass_configs=CONFIGS,
     )
 
 
-def build_for(budget: int, first_tokens: int, local_tokens: int, among_all: bool, held: int):
+def build_for(budget: int, first_tokens: int, local_tokens: int, held: int):
     """The variant that a call with this setting finds."""
     constants = (sample_kernel.CELL, sample_kernel.MOST, sample_kernel.SIGMAS)
-    return build(budget, first_tokens, local_tokens, *constants, among_all, held)
+    return build(budget, first_tokens, local_tokens, *constants, held)
 
 
 def held_for(samples: int) -> int:
@@ -211,7 +204,6 @@ def sample_threshold(
     budget: int,
     first_tokens: int,
     local_tokens: int,
-    among_all: bool = False,
 ) -> Thresholds:
     """A score that a few more than `budget` tokens of each row should reach, and how many at most.
 
@@ -220,15 +212,11 @@ def sample_threshold(
     bits, and the limit is budget + 2 d tokens a sample; -inf where that is no sample, for rows within the budget and
     for places without a row. It depends on nothing but the row.
 
-    scores [places, >= samples] f32, or with among_all the scores of all tokens, of which the samples are taken; rows
-    [places] int32 (-1: none), lengths [M] int32.
+    scores [places, >= samples] f32 (contiguous), rows [places] int32 (-1: none), lengths [M] int32.
     """
     places = rows.shape[0]
     found = Thresholds(scores.new_empty(places), rows.new_empty(places))
     if places:
-        # DeepGEMM's rows of scores are further apart than they are long.
-        flat = scores.as_strided(((places - 1) * scores.stride(0) + scores.shape[1],), (1,))
-        held = held_for(scores.shape[1] // sample_kernel.CELL if among_all else scores.shape[1])
-        search = build_for(budget, first_tokens, local_tokens, among_all, held)
-        search(flat, scores.stride(0), rows, lengths, *found)
+        search = build_for(budget, first_tokens, local_tokens, held_for(scores.shape[1]))
+        search(scores.view(-1), scores.shape[1], rows, lengths, *found)
     return found
