@@ -40,8 +40,9 @@ from tests.support.interpreted_token_modes import mask_of
 from tests.support.packed_proxies import packed, unpacked
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40)
-# Lengths and rows: beyond the budget, at it, within it, of one token; whole groups, and groups cut at both ends.
-SHAPES = (([705, 131, 1, 387, 384, 386], [9, 3, 1, 3, 2, 2]), ([1500], [6]))
+# Lengths and rows: beyond the budget, at it, within it, of one token; whole groups, and groups cut at both ends; more
+# groups than a tile has places.
+SHAPES = (([705, 131, 1, 387, 384, 386], [9, 3, 1, 3, 2, 2]), ([1000], [70]))
 BYTES = {"whole": work.SCRATCH_BYTES, "sliced": 3 << 12}
 # Heads, group, scratch, and how far the sample is mistrusted: with 0 many lists are too short and scanned again.
 CASES = (
