@@ -72,13 +72,10 @@ class RowPlan:
             if self.host_rows is None:
                 places = torch.arange(self.num_rows, dtype=torch.int32, device=self.row_lengths.device)
                 return RowGroups(places[:, None], places)
-            rows, row_place = self._host_groups(group)
+            rows, row_place = self._host_groups(*self.host_rows, group)
             flat, row_place = _upload_together([rows.flatten(), row_place], self.row_lengths.device)
             self._groups[group] = RowGroups(flat.view(-1, group), row_place)
         return self._groups[group]
-
-    def _host_groups(self, group: int) -> RowGroups:
-        return self.kept(("host groups", group), lambda: group_rows(*self.host_rows, group))
 
     def scans(self, group: int) -> "RowPlan":
         """The scans that the groups of `groups` share, as rows: row g sees what group g's first position sees, whether
@@ -86,12 +83,16 @@ class RowPlan:
         """
         if self.host_rows is None:
             return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
-        return self.kept(("scans", group), lambda: self._plan_scans(*self.host_rows, group))
+        request, lengths = self.host_rows
+        return self.kept(("scans", group), lambda: self._plan_scans(request, lengths, group))
 
-    def _plan_scans(self, row_request: torch.Tensor, row_lengths: torch.Tensor, group: int) -> "RowPlan":
-        first = self._host_groups(group).rows[:, 0].long()
-        lengths = first_seen(row_lengths[first], group)
-        return plan_rows(row_request[first], lengths, self.request_lengths.shape[0], self.row_lengths.device)
+    def _host_groups(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> RowGroups:
+        return self.kept(("host groups", group), lambda: group_rows(request, lengths, group))
+
+    def _plan_scans(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> "RowPlan":
+        first = self._host_groups(request, lengths, group).rows[:, 0].long()
+        seen = first_seen(lengths[first], group)
+        return plan_rows(request[first], seen, self.request_lengths.shape[0], self.row_lengths.device)
 
 
 def plan_rows(
