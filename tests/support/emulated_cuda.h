@@ -9,7 +9,7 @@
 #include <vector>
 
 #define __global__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 typedef unsigned int uint;
 typedef unsigned short ushort;
