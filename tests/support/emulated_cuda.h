@@ -84,7 +84,7 @@ static bool launch(int blocks, int threads, void (*kernel)()) {
     }
     for (int left = threads, idle = 0; left;) {
       left = 0;
-      if (++idle > 1000000) return false;
+      if (++idle > 100000) return false;
       for (int i = 0; i < threads; ++i) {
         const int t = b % 2 ? threads - 1 - i : i;
         if (finished[t]) continue;
