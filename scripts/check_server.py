@@ -269,9 +269,7 @@ def compare_decode(out: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle"]
-    )
+    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
     parser.add_argument("--model", type=Path, help="model directory; default: a tiny model is written to OUT/model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16, help="16: one rank of 8-way tensor parallelism")
