@@ -95,7 +95,7 @@ def sample_threshold_prim_func(
                 )
                 expected = expected * T.cast(samples, "float32")
                 deviations = T.float32(sigmas) * T.sqrt(expected) + T.float32(4)
-                limit = budget + T.cast(T.float32(2) * deviations, "int32") * (cell * step)
+                limit = budget + T.cast(T.float32(sample_kernel.LIMIT_DEVIATIONS) * deviations, "int32") * (cell * step)
                 wanted = T.cast(expected + deviations, "int32")
             if wanted >= samples:
                 if thread == 0:
@@ -209,7 +209,7 @@ def sample_threshold(
 
     With n sampled scores of the N tokens between the first first_tokens and the last local_tokens, of which b are to
     be found, it is the (e + d)-th largest sampled score, e = b n / N, d = 5 sqrt(e) + 4, rounded down in its last 14
-    bits, and the limit is budget + 2 d tokens a sample; -inf where that is no sample, for rows within the budget and
+    bits, and the limit is budget + 2.5 d tokens a sample; -inf where that is no sample, for rows within the budget and
     for places without a row. It depends on nothing but the row.
 
     scores [places, >= samples] f32 (contiguous), rows [places] int32 (-1: none), lengths [M] int32.

@@ -205,7 +205,7 @@ def check_threshold(batch: Batch, values: str) -> None:
         seen = seen[: len(seen) // step * step : step]
         expected = (PARAMS.candidates - 64 - (length - local)) / (local - 64) * len(seen)
         deviations = 5 * expected**0.5 + 4
-        limit = PARAMS.candidates + int(2 * deviations) * cell * step
+        limit = PARAMS.candidates + int(2.5 * deviations) * cell * step
         assert abs(int(found.limits[row]) - limit) <= cell * step  # a float32 root may truncate to the next integer
         assert limit <= sample_kernel.list_width(PARAMS.candidates, plan.max_length, 128) or limit > length
         wanted = int(expected + deviations)
