@@ -81,15 +81,15 @@ class RowPlan:
         """The scans that the groups of `groups` share, as rows: row g sees what group g's first position sees, whether
         that row is in the call or not (0: a group of rows without tokens). Made once, for all layers.
         """
-        if self.host_rows is None:
-            return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
-        request, lengths = self.host_rows
-        return self.kept(("scans", group), lambda: self._plan_scans(request, lengths, group))
+        return self.kept(("scans", group), lambda: self._plan_scans(group))
 
     def _host_groups(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> RowGroups:
         return self.kept(("host groups", group), lambda: group_rows(request, lengths, group))
 
-    def _plan_scans(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> "RowPlan":
+    def _plan_scans(self, group: int) -> "RowPlan":
+        if self.host_rows is None:
+            return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+        request, lengths = self.host_rows
         first = self._host_groups(request, lengths, group).rows[:, 0].long()
         seen = first_seen(lengths[first], group)
         return plan_rows(request[first], seen, self.request_lengths.shape[0], self.row_lengths.device)
