@@ -14,6 +14,7 @@ from indexer_kernels.checks import (
     check_queries,
     check_tensor,
 )
+from indexer_kernels.page_layout import HEAD_DIM
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference import batches
 from indexer_kernels.row_plan import RowPlan
@@ -32,14 +33,16 @@ def select_rows(
     output: str = "position",
     top_k_kernel: TopK | None = None,
     out: torch.Tensor | None = None,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The selection of `select_ragged` for the rows of a plan: int32 [M, top_k], -1 padded.
 
     q [>= M, H, 128] float8_e4m3fn and weights [>= M, H] float32 (rows past the plan's are padding and ignored), k_pages
     [P, 8448] uint8, page_table [R, W] int32 with R the plan's requests, output "position" (in the request) or "slot"
     (page id * 64 + position % 64). The first M rows of out [>= M, top_k] int32 are filled in place, and out is
-    returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step. Errors as in
-    `select_ragged`.
+    returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step. page_means
+    [P, 128] bf16: stored means of the full pages (indexer_kernels.page_means), which hisa then scores in place of means
+    of the keys. Errors as in `select_ragged`.
     """
     check_call(mode, backend, params)
     check_choice("output", output, OUTPUTS)
@@ -55,8 +58,10 @@ def select_rows(
     check_tensor("out", out, torch.int32, (None, params.top_k), q.device)
     if out.shape[0] < plan.num_rows:
         raise ValueError(f"out has {out.shape[0]} rows, must have at least the plan's {plan.num_rows}")
+    if page_means is not None:
+        check_tensor("page_means", page_means, torch.bfloat16, (k_pages.shape[0], HEAD_DIM), q.device)
     if use_gpu(mode, q, params, backend):
         from indexer_kernels.gpu import pipeline
 
         return pipeline.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, top_k_kernel, out)
-    return batches.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, out)
+    return batches.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, out, page_means)

@@ -9,7 +9,7 @@ import torch
 
 from indexer_kernels.params import MODES
 from indexer_kernels.top_k import TopK
-from sglang_ext import __version__, policy
+from sglang_ext import __version__, policy, statistics
 from sglang_ext.counters import Counters
 from sglang_ext.forwards import (
     Forward,
@@ -24,6 +24,7 @@ from sglang_ext.forwards import (
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.statistics import PoolStatistics, Statistics
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
@@ -51,6 +52,8 @@ class Stage:
         self._prompts: Prompts | None = None
         self._traces: TraceWriter | None = None
         self._support = Support()
+        self.statistics = Statistics()
+        self._no_statistics: str | None = None  # why there can be none, or none any more
 
     def start(
         self,
@@ -88,6 +91,8 @@ class Stage:
             mode = policy.mode_to_try(phase, self.settings)
             refusal = self._refusal(mode, q, top_k)
             if refusal is not None:
+                if phase == "decode":
+                    self._no_statistics = "no_kernel"
                 self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
             elif mode not in modes:
                 modes.append(mode)
@@ -209,8 +214,9 @@ class Stage:
         page_table: torch.Tensor,
         form: OutputForm,
         out: torch.Tensor,
+        page_means: torch.Tensor | None = None,
     ) -> None:
-        """Fill out with the selection of this layer's queries."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -230,7 +236,61 @@ class Stage:
                 self.settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
+                page_means,
             )
+
+    def wants_statistics(self) -> bool:
+        """Whether decode may read stored block statistics: asked once the model is built, where pools are sized."""
+        return policy.needs_statistics(self.settings) and self._no_statistics is None
+
+    def allocate_statistics(self, cache: object, keys: Sequence[torch.Tensor], start_layer: int) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them."""
+        for buffer in keys[:1]:
+            self.counters.prepare_integrity(buffer.device)
+        return self.statistics.allocate(cache, keys, start_layer)
+
+    def refuse_statistics(self, reason: str) -> None:
+        """A pool has no block statistics: said at once, and the end of the server under strict."""
+        self._reject(f"decode mode {self.settings.phase_mode('decode')!r}: {policy.UNSUPPORTED[reason]} ({reason})")
+
+    def statistics_obstacle(self, kept: PoolStatistics | str | None) -> str | None:
+        """The policy's reason why decode cannot read these statistics, if its mode reads any."""
+        if not policy.needs_statistics(self.settings):
+            return None
+        if self._no_statistics is not None:
+            return self._no_statistics
+        if self.settings.block_size % 64:
+            return "block_size"
+        return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
+
+    def fill_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        trusted: torch.Tensor | None = None,
+    ) -> None:
+        """`statistics.fill` of a layer, after its keys are stored."""
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.fill(kept.of_layer(layer_id), k_pages, page_table, lengths, checks, trusted)
+
+    def step_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        row_lengths: torch.Tensor,
+    ) -> None:
+        """`statistics.step` of a layer. Rows that have no page table end the use of statistics: they would go stale."""
+        if row_lengths.shape[0] != page_table.shape[0]:
+            self._no_statistics = "statistics_lost"
+            self.refuse_statistics(self._no_statistics)
+            return
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.step(kept.of_layer(layer_id), k_pages, page_table, row_lengths, checks)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info."""
@@ -241,6 +301,7 @@ class Stage:
             "mode_numbers": _mode_numbers() if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
             "refused": sorted(self._support.rejected),
+            "statistics": self.statistics.status(),
             **self.counters.snapshot(),
         }
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference.candidates import (
     block_candidates,
@@ -26,18 +27,22 @@ def select_request(
     k_scale: torch.Tensor,
     lengths: torch.Tensor,
     params: IndexerParams,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Selected positions of M rows of one request: int32 [M, top_k], -1 padded.
 
     q [M, H, D], weights [M, H]; k [N, D] and k_scale [N] from the request's first token; lengths [M]: tokens each row
     sees, at most N. A row at lengths[m] has position lengths[m] - 1. Rows are taken in slices, so that memory stays
-    bounded.
+    bounded. page_means [N // 64, D] replace the means of the keys in hisa.
     """
     selected = torch.full((q.shape[0], params.top_k), -1, dtype=torch.int32, device=q.device)
     if k.shape[0] == 0 or q.shape[0] == 0:
         return selected
     block = {"hisa": params.block_size}.get(mode, params.route_block)
     means = block_means(k, k_scale, block)
+    if page_means is not None and mode == "hisa":
+        pages = block // PAGE_TOKENS
+        means = page_means[: len(means) * pages].view(len(means), pages, -1).mean(dim=1)
     if mode == "group_rerank":
         groups = group_rows(torch.zeros_like(lengths), lengths, params.group)
         group_of_row, proxies = groups.row_place // params.group, group_proxies(q, weights, groups.rows)

@@ -33,6 +33,12 @@ TARGETS = (
     "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool.__init__",
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._forward_cuda_k_only",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.__init__",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.load_cpu_copy",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.move",
+    "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_dsa_indexer_cell_size",
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin.ScheduleBatchDisaggregationDecodeMixin.process_prebuilt",
 )
 SWITCH_TARGET = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers"
