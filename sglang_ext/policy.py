@@ -49,7 +49,7 @@ UNSUPPORTED = {
     "no_statistics": "the pool of index keys holds no block statistics, which this decode mode reads",
     "statistics_memory": "no memory was left for block statistics",
     "statistics_lost": "a decode step could not be followed by the block statistics, so they are no longer right",
-    "block_size": "block_size is not a multiple of the 64 tokens of a page, of which statistics are stored",
+    "block_size": "block_size or route_block is not a multiple of the 64 tokens whose statistics are stored",
     "no_kernel": "the gpu backend has no kernels for this mode, model or GPU",
 }
 

@@ -91,8 +91,6 @@ class Stage:
             mode = policy.mode_to_try(phase, self.settings)
             refusal = self._refusal(mode, q, top_k)
             if refusal is not None:
-                if phase == "decode":
-                    self._no_statistics = "no_kernel"
                 self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
             elif mode not in modes:
                 modes.append(mode)
@@ -100,6 +98,10 @@ class Stage:
             modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
         if self.settings.backend != "reference":
             self._support.compile(self.settings, modes, num_heads, top_k)
+        if policy.needs_statistics(self.settings) and self._refusal(
+            policy.mode_to_try("decode", self.settings), q, top_k
+        ):
+            self._no_statistics = "no_kernel"
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -236,7 +238,7 @@ class Stage:
                 self.settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
-                page_means,
+                page_means if mode in policy.STATISTICS_MODES else None,
             )
 
     def wants_statistics(self) -> bool:
@@ -259,7 +261,7 @@ class Stage:
             return None
         if self._no_statistics is not None:
             return self._no_statistics
-        if self.settings.block_size % 64:
+        if self.settings.block_size % 64 or self.settings.route_block % 64:
             return "block_size"
         return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
 

@@ -42,7 +42,7 @@ def select_request(
     means = block_means(k, k_scale, block)
     if page_means is not None and mode == "hisa":
         pages = block // PAGE_TOKENS
-        means = page_means[: len(means) * pages].view(len(means), pages, -1).mean(dim=1)
+        means = page_means[: len(means) * pages].view(len(means), pages, k.shape[1]).mean(dim=1)
     if mode == "group_rerank":
         groups = group_rows(torch.zeros_like(lengths), lengths, params.group)
         group_of_row, proxies = groups.row_place // params.group, group_proxies(q, weights, groups.rows)

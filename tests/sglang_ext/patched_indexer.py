@@ -86,7 +86,7 @@ def hooked(stage: Stage) -> Iterator[Recorder]:
     """The hooks of `stage` on the real classes, around recorded originals of the Indexer's methods."""
     native = Recorder()
     with unpatched_sglang():
-        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged"):
+        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged", "_forward_cuda_k_only"):
             setattr(Indexer, name, native.method(getattr(Indexer, name)))
         assert sglang_hooks.verify(stage.settings.runtime_switch) == []
         sglang_hooks.install(stage)
@@ -104,6 +104,7 @@ def use(stage: Stage, **settings: Any) -> None:
     folder, rows = stage.settings.trace_dir, stage.settings.trace_rows
     stage._traces = None if folder is None else TraceWriter(folder, rows, {"_name_or_path": "models/tiny"})
     stage._support.rejected.clear()
+    stage._no_statistics = None
 
 
 def indexer(**changes: Any) -> Any:
