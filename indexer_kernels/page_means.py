@@ -1,19 +1,26 @@
-"""Stored block statistics: the mean key of every full page of a paged key cache, kept beside it by physical page.
+"""Stored page means: what decode's block scores read in place of keys. One buffer per layer, by physical page.
 
-    means[p] = 1/64 * sum over the 64 tokens of page p of key * scale, rounded to bf16
-
-Addressed by physical page, so a request that shares, inherits or reuses a page finds its mean with it. Every function
-computes means anew from the keys and never adds to one, so what a page held before cannot leak into its mean.
+A page's mean belongs to the page, not to a request, so prefix sharing, retraction and reuse need no care: whoever wrote
+a page's 64th key calls one of the two updates before the next selection that uses `page_means`.
 """
 
 import torch
 
-from indexer_kernels.checks import check_tensor
-from indexer_kernels.page_layout import HEAD_DIM, KEY_BYTES, PAGE_BYTES, PAGE_TOKENS
+from indexer_kernels.backend import use_gpu_on
+from indexer_kernels.checks import (
+    check_backend,
+    check_key_pages,
+    check_means,
+    check_page_ids,
+    check_reach,
+    check_tensor,
+)
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.reference import statistics
 
 
 def page_mean_buffer(num_pages: int, device: torch.device | str) -> torch.Tensor:
-    """Memory for the means of a layer's pages: bf16 [num_pages, 128], zeros."""
+    """Room for the means of a pool of num_pages pages in one layer: bf16 [num_pages, 128], zero."""
     return torch.zeros((num_pages, HEAD_DIM), dtype=torch.bfloat16, device=device)
 
 
@@ -23,62 +30,86 @@ def update_page_means(
     lengths: torch.Tensor,
     means: torch.Tensor,
     first_page: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
-    """Store the means of all full pages of each request, from its first_page on; what an extend calls.
+    """means[page_table[r, i]] = 1/64 * sum over page i's tokens of key * scale, for every full page i of request r from
+    first_page[r] on: those with 64 * (i + 1) <= lengths[r]. For extends.
 
-    k_pages [P, 8448] uint8, page_table [R, W] int32, lengths [R] int32: tokens of each request, means [P, 128] bf16,
-    first_page [R] int32: pages of the request that are left alone (None: none). Other rows of means are not touched.
-    Raises TypeError or ValueError naming the argument.
+    k_pages [P, 8448] uint8, page_table [R, >= pages] int32 (entries past a length are not read), lengths [R] int32,
+    means [P, 128] bfloat16 written in place, first_page [R] int32 or None (0). Summed in float32 in the tokens' order,
+    then rounded to bfloat16. The gpu backend reads nothing back. Raises TypeError or ValueError naming the argument,
+    NotImplementedError where backend="gpu" cannot serve the call.
     """
-    _check(k_pages, page_table, lengths, means)
-    column = torch.arange(page_table.shape[1], device=page_table.device)
-    full = (column + 1) * PAGE_TOKENS <= lengths[:, None]
+    _check(k_pages, page_table, lengths, means, backend)
     if first_page is not None:
-        full &= column >= first_page[:, None]
-    pages = page_table[full].long()
-    means[pages] = _means_of(k_pages[pages])
+        check_tensor("first_page", first_page, torch.int32, (page_table.shape[0],), k_pages.device, "k_pages")
+        first_page = first_page.contiguous()
+    if use_gpu_on(k_pages.device, backend):
+        from indexer_kernels.gpu import page_means_kernel
+
+        page_means_kernel.update_means(k_pages, page_table, lengths.contiguous(), means, first_page, last=False)
+        return
+    starts = [0] * len(lengths) if first_page is None else first_page.tolist()
+    for row, length, start in zip(page_table, lengths.tolist(), starts):
+        pages = row[max(start, 0) : length // PAGE_TOKENS].long()
+        means[pages] = statistics.page_means(k_pages[pages])
 
 
 def update_last_page_means(
-    k_pages: torch.Tensor, page_table: torch.Tensor, row_lengths: torch.Tensor, means: torch.Tensor
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    row_lengths: torch.Tensor,
+    means: torch.Tensor,
+    backend: str = "auto",
 ) -> None:
-    """Store the mean of the last full page of each row, if it has one; what a decode step calls.
+    """`update_page_means` of each row's last full page alone, number row_lengths[m] // 64 - 1, if it has one.
 
-    page_table [M, W] int32, row_lengths [M] int32: tokens each row sees; else as `update_page_means`. Reads nothing
-    back, so it may be captured in a CUDA graph.
+    For every decode or verify step: it covers the page that just filled, and one whose draft tokens were rejected and
+    written anew. Rows that share a page write the same mean. With several rows a request, as in target-verify, every
+    page that one of them fills is covered. May be captured in a CUDA graph with backend="gpu".
     """
-    _check(k_pages, page_table, row_lengths, means)
-    last = row_lengths.long() // PAGE_TOKENS - 1
-    page = page_table.gather(1, last.clamp_min(0)[:, None]).squeeze(1).long()
-    page = torch.where(last >= 0, page, 0)
-    means[page] = torch.where((last >= 0)[:, None], _means_of(k_pages[page]), means[page])
+    _check(k_pages, page_table, row_lengths, means, backend)
+    if use_gpu_on(k_pages.device, backend):
+        from indexer_kernels.gpu import page_means_kernel
+
+        page_means_kernel.update_means(k_pages, page_table, row_lengths.contiguous(), means, None, last=True)
+        return
+    full = row_lengths.long() // PAGE_TOKENS
+    pages = page_table[full > 0].gather(1, full[full > 0, None] - 1)[:, 0].long()
+    means[pages] = statistics.page_means(k_pages[pages])
 
 
 def check_page_means(
-    k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor, means: torch.Tensor
+    k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor, means: torch.Tensor, backend: str = "auto"
 ) -> torch.Tensor:
-    """How many full pages of the requests have another mean than the stored one: int32 scalar on the device.
+    """How many full pages of the requests have a stored mean that differs in a bit from the one computed anew: int32
+    scalar on k_pages' device. A page of two requests counts twice.
 
-    Arguments as in `update_page_means`. Reads nothing back.
+    Arguments as in `update_page_means`, and the backend must be the one that wrote the means: the reference adds up in
+    float64, so that a rounding to bfloat16 may differ. The gpu backend reads nothing back.
     """
-    _check(k_pages, page_table, lengths, means)
-    column = torch.arange(page_table.shape[1], device=page_table.device)
-    full = (column + 1) * PAGE_TOKENS <= lengths[:, None]
-    pages = torch.where(full, page_table, 0).long()
-    # compared as bits: a NaN mean of NaN keys is no mismatch
-    differs = (_means_of(k_pages[pages]).view(torch.int16) != means[pages].view(torch.int16)).any(dim=2)
-    return (differs & full).sum(dtype=torch.int32)
+    _check(k_pages, page_table, lengths, means, backend)
+    if use_gpu_on(k_pages.device, backend):
+        from indexer_kernels.gpu import page_means_kernel
+
+        return page_means_kernel.check_means(k_pages, page_table, lengths.contiguous(), means)
+    wrong = 0
+    for row, length in zip(page_table, lengths.tolist()):
+        pages = row[: length // PAGE_TOKENS].long()
+        again, stored = statistics.page_means(k_pages[pages]), means[pages]
+        wrong += int((again.view(torch.int16) != stored.view(torch.int16)).any(1).sum())
+    return torch.tensor(wrong, dtype=torch.int32, device=means.device)
 
 
-def _means_of(pages: torch.Tensor) -> torch.Tensor:
-    """bf16 [..., 128] of pages [..., 8448]."""
-    keys = pages[..., :KEY_BYTES].reshape(*pages.shape[:-1], PAGE_TOKENS, HEAD_DIM).view(torch.float8_e4m3fn).double()
-    scales = pages[..., KEY_BYTES:].contiguous().view(torch.float32).double()
-    return (keys * scales[..., None]).mean(dim=-2).float().bfloat16()
-
-
-def _check(k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor, means: torch.Tensor) -> None:
-    check_tensor("k_pages", k_pages, torch.uint8, (None, PAGE_BYTES))
-    check_tensor("page_table", page_table, torch.int32, (None, None), k_pages.device)
-    check_tensor("lengths", lengths, torch.int32, (page_table.shape[0],), k_pages.device)
-    check_tensor("means", means, torch.bfloat16, (k_pages.shape[0], HEAD_DIM), k_pages.device)
+def _check(
+    k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor, means: torch.Tensor, backend: object
+) -> None:
+    check_backend(backend)
+    check_key_pages(k_pages, None)
+    check_tensor("page_table", page_table, torch.int32, (None, None), k_pages.device, "k_pages")
+    if page_table.stride(1) != 1:
+        raise ValueError(f"page_table must have unit column stride, got strides {page_table.stride()}")
+    check_tensor("lengths", lengths, torch.int32, (page_table.shape[0],), k_pages.device, "k_pages")
+    check_means("means", means, k_pages)
+    check_reach("lengths", lengths, page_table)
+    check_page_ids(k_pages, page_table, lengths // PAGE_TOKENS * PAGE_TOKENS)

@@ -120,17 +120,30 @@ def unapplied(stage: Stage) -> list[str]:
     ]
 
 
-def sglang_top_k(
-    scores: torch.Tensor,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor | None,
-    out: torch.Tensor,
-    page_tokens: int = 64,
-) -> None:
-    """`indexer_kernels.top_k.TopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
+class _SglangTopK:
+    """`indexer_kernels.top_k.PlannedTopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
 
-    topk_transform_paged_v2(scores, lengths, page_table, out, page_tokens, plan_topk_v2(lengths))
+    def plan(self, lengths: torch.Tensor) -> torch.Tensor:
+        from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2
+
+        return plan_topk_v2(lengths)
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        page_table: torch.Tensor | None,
+        out: torch.Tensor,
+        page_tokens: int = 64,
+        plan: torch.Tensor | None = None,
+    ) -> None:
+        from sglang.kernels.ops.attention.dsv4.topk import topk_transform_paged_v2
+
+        plan = self.plan(lengths) if plan is None else plan
+        topk_transform_paged_v2(scores, lengths, page_table, out, page_tokens, plan)
+
+
+sglang_top_k = _SglangTopK()
 
 
 def _after_indexer_init(stage: Stage) -> Callable[..., None]:

@@ -47,7 +47,7 @@ def select_rows(
         longest = int(lengths.max())
         pages = page_table[request, : -(-longest // PAGE_TOKENS)]
         k, k_scale = unpack_pages(k_pages[pages.long()], longest)
-        means = None if page_means is None else page_means[pages[: longest // PAGE_TOKENS].long()].float()
+        means = None if page_means is None else page_means[pages[: longest // PAGE_TOKENS].long()]
         selected = select_request(mode, q[rows], weights[rows], k, k_scale, lengths, params, means)
         if output == "slot" and longest:
             selected = positions_to_slots(selected, pages.expand(len(rows), -1))

@@ -12,12 +12,14 @@ from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import block_score_kernel, head_route_kernel
 from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
+from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.reference.candidates import visible_units
 from indexer_kernels.reference.routing import routing_scores
-from indexer_kernels.reference.scores import block_means, block_scores, token_scores
+from indexer_kernels.reference.scores import block_scores, token_scores
+from indexer_kernels.reference.statistics import block_means
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.gpu_calls import work_of
 from tests.support.inputs import Batch, make_batch
@@ -172,7 +174,8 @@ def test_block_score(batch):
 def test_page_select_is_exact(shape, budget, unit_pages, values, ties):
     batch = make_batch(*shape, device="cuda", seed=5)
     max_units = -(-batch.plan.max_length // (64 * unit_pages))
-    scores = torch.randn(batch.plan.num_tiles * TILE_ROWS, max_units * values + 8, device="cuda")
+    columns = -(-max_units * values // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    scores = torch.randn(batch.plan.num_tiles * TILE_ROWS, columns + 8, device="cuda")
     if ties:
         scores = (scores * 2).round() * torch.where(torch.rand_like(scores) < 0.5, 1.0, -1.0)
     check_choice(batch, scores, budget, unit_pages, values)
