@@ -137,6 +137,12 @@ def mode_to_try(phase: str, settings: Settings) -> str:
     return AUTO_PREFILL if phase == "prefill" else AUTO_DECODE
 
 
+def kernel_modes(phase: str, settings: Settings) -> tuple[str, ...]:
+    """The modes whose kernels `mode_to_try` runs: from stored statistics misa_rerank chooses blocks as hisa does."""
+    mode = mode_to_try(phase, settings)
+    return (mode, AUTO_DECODE) if phase == "decode" and mode == "misa_rerank" else (mode,)
+
+
 def needs_statistics(settings: Settings) -> bool:
     """Whether decode may run a mode that reads stored block statistics: else none are allocated or kept."""
     return asks("decode", settings) and mode_to_try("decode", settings) in STATISTICS_MODES

@@ -22,6 +22,10 @@ class Rows(NamedTuple):
     plan: RowPlan
     picked: torch.Tensor | None = None
 
+    def for_one_forward(self) -> "Rows":
+        """The same rows, with nothing kept yet of what layers derive from their lengths."""
+        return self._replace(plan=self.plan.for_one_forward())
+
 
 def run(
     mode: str,

@@ -220,6 +220,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
+            layer_id=layer_id,
             unsupported=lambda: unsupported_reason(indexer, attention, pool) or stage.statistics_obstacle(kept),
         )
         takes = stage.takes(forward, layer_id)

@@ -176,7 +176,7 @@ def _after_k_only(stage: Stage) -> Callable[..., None]:
 
 def _after_process_prebuilt(stage: Stage) -> Callable[..., None]:
     def hook(_result: None, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-        columns = max(batch.seq_lens_cpu.tolist(), default=0) // 64
+        columns = -(-max(batch.seq_lens_cpu.tolist(), default=0) // 64)
         if not columns:
             return
         slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices, : columns * 64 : 64]

@@ -84,23 +84,20 @@ class Stage:
             return
         self.counters.prepare_device(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
-        modes = []
+        modes: list[str] = []
         for phase in ("prefill", "decode"):
             if not policy.asks(phase, self.settings):
                 continue
-            mode = policy.mode_to_try(phase, self.settings)
-            refusal = self._refusal(mode, q, top_k)
+            refusal = self._support.phase_refusal(self.settings, phase, q, top_k)
             if refusal is not None:
                 self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
-            elif mode not in modes:
-                modes.append(mode)
+            else:
+                modes += [mode for mode in policy.kernel_modes(phase, self.settings) if mode not in modes]
         if self.settings.runtime_switch:  # any of them may be asked for later
             modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
         if self.settings.backend != "reference":
             self._support.compile(self.settings, modes, num_heads, top_k)
-        if policy.needs_statistics(self.settings) and self._refusal(
-            policy.mode_to_try("decode", self.settings), q, top_k
-        ):
+        if policy.needs_statistics(self.settings) and self._support.phase_refusal(self.settings, "decode", q, top_k):
             self._no_statistics = "no_kernel"
 
     def refuse_model(self, reason: str) -> None:
@@ -157,6 +154,7 @@ class Stage:
         page_table: torch.Tensor,
         num_rows: int,
         q: torch.Tensor,
+        layer_id: int,
         unsupported: Callable[[], str | None],
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
@@ -165,6 +163,7 @@ class Stage:
         """
         kept = kept_forward(attention)
         if kept is not None and kept.planned_from((lengths, page_table), num_rows):
+            kept.enter(layer_id)
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", self.settings):
@@ -172,7 +171,7 @@ class Stage:
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view)
-        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
+        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table), layer=layer_id)
         if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
             keep_forward(attention, forward)
         return forward

@@ -219,9 +219,7 @@ def test_selection_reads_the_layers_own_means(stage, server):
         params = stage.settings.params(sut.TOP_K)
         plan = plan_decode(lengths, 12)
         want = select_rows("hisa", q, weights[..., 0], keys, table, plan, params, backend="reference", page_means=means)
-        without = select_rows(
-            "native", q, weights[..., 0], keys, table, plan, params, backend="reference", page_means=means
-        )
+        without = select_rows("native", q, weights[..., 0], keys, table, plan, params, backend="reference")
         assert torch.equal(got, want) and not torch.equal(got, without)
 
 

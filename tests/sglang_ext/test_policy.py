@@ -6,17 +6,20 @@ from dataclasses import replace
 import pytest
 
 from indexer_kernels import MODES
+from indexer_kernels.stage import MEANS_MODES
 from sglang_ext import break_even
 from sglang_ext.policy import (
     AUTO_DECODE,
     AUTO_PREFILL,
     BY_CHOICE,
+    STATISTICS_MODES,
     UNSUPPORTED,
     BatchView,
     Decision,
     always_native,
     asks,
     choose,
+    kernel_modes,
     mode_to_try,
     needs_statistics,
 )
@@ -145,6 +148,17 @@ def test_auto_decode_goes_by_rows_and_context_limit(measured, rows, limit, want)
 def test_auto_decode_asks_once_it_is_measured(measured):
     assert asks("decode", Settings()) and mode_to_try("decode", Settings()) == AUTO_DECODE
     assert needs_statistics(Settings()) and not always_native(Settings())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "native"])
+def test_kernel_modes(mode, phase):
+    want = ("misa_rerank", "hisa") if (mode, phase) == ("misa_rerank", "decode") else (mode,)
+    assert kernel_modes(phase, Settings(mode=mode)) == want
+
+
+def test_statistics_modes_are_those_that_the_kernels_take_means_for():
+    assert set(STATISTICS_MODES) == set(MEANS_MODES)
 
 
 @pytest.mark.parametrize("mode", SERVE_MODES)
