@@ -8,7 +8,9 @@ may run side by side in several calls with ports of their own; time to first tok
     modes         fp8 KV, ragged top-k; each prefill mode in turn in one server: greedy answers against native within
     the budget, answers alone against concurrent and cached, time to first token interleaved over the modes
     decode_graph  decode_mode=hisa under CUDA graphs, answers against the `modes` server's native ones within the budget
+    speculative   the same with EAGLE drafts of the model's own next-token layer; only when named in --scenarios
     paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
+    Where hisa decodes, check_integrity compares its stored block statistics with the keys in every forward.
     unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
     sets          the token sets each layer selected, read back from the server, against native's
 A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
@@ -34,6 +36,7 @@ WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
 NEW_TOKENS = 8
+DECODE_GRAPH = ("decode_graph", "speculative")  # scenarios that decode under graphs
 SET_PROMPTS = (3000, 18000)  # within every budget, and so far beyond that re-ranking prunes
 
 
@@ -126,6 +129,9 @@ def check_decode(server: Server, check: Check, graph: bool) -> None:
     check.expect(ran >= expected, f"decode/hisa: {ran} runs on the device for {expected} decode steps")
     captured = [entry for entry in server.status()["captured"] if entry["mode"] == "hisa"]
     check.expect(bool(captured) == graph, f"decode/hisa {'in' if graph else 'without'} CUDA graphs")
+    status = server.status()
+    checked, mismatches = status["integrity_checked"], status["integrity_mismatches"]
+    check.expect(checked > 0 and not mismatches, f"{mismatches} of {checked} block statistics are not the keys'")
     check.expect(len(long) == 24 and len({tuple(a) for a in answers}) > 1, "long context served")
 
 
@@ -163,9 +169,19 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     check = Check(name)
     options = {
         "modes": ({"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"}, [], {}),
-        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa"}, [], {}),
+        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"}, [], {}),
+        "speculative": (
+            {"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"},
+            [
+                "--speculative-algorithm=EAGLE",
+                "--speculative-num-steps=3",
+                "--speculative-eagle-topk=1",
+                "--speculative-num-draft-tokens=4",
+            ],
+            {},
+        ),
         "paged": (
-            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1"},
+            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1", "check_integrity": "1"},
             ["--dsa-prefill-backend", "flashmla_kv", "--disable-cuda-graph"],
             {},
         ),
@@ -189,7 +205,7 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
         if name == "modes":
             check_modes(server, check, MODES)
             measure_ttft(server, check, repeats)
-        elif name == "decode_graph":
+        elif name in DECODE_GRAPH:
             check_decode(server, check, graph=True)
         elif name == "sets":
             check_sets(server, check, layers)
@@ -203,12 +219,12 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     return check.record
 
 
-def compare_decode(out: Path) -> list[str]:
+def compare_decode(out: Path, name: str) -> list[str]:
     """What differs between the answers of decode_mode=hisa under graphs and native's, within the budget.
 
     Two servers of one model, so it is asked once the records of both are there, whichever call finished last.
     """
-    records = [out / f"{name}.json" for name in ("modes", "decode_graph")]
+    records = [out / f"{scenario}.json" for scenario in ("modes", name)]
     if not all(path.is_file() for path in records):
         return []
     modes, decode = (json.loads(path.read_text()) for path in records)
@@ -216,8 +232,8 @@ def compare_decode(out: Path) -> list[str]:
     got = decode["decode_answers"][: len(WITHIN_BUDGET)]
     decode["equals_native_within_budget"] = got == want
     records[1].write_text(json.dumps(decode, indent=1))
-    print(f"  {'ok  ' if got == want else 'FAIL'} decode/hisa: native's answers to prompts of {WITHIN_BUDGET} tokens")
-    return [] if got == want else ["decode_graph: other answers than native's within the budget"]
+    print(f"  {'ok  ' if got == want else 'FAIL'} {name}: native's answers to prompts of {WITHIN_BUDGET} tokens")
+    return [] if got == want else [f"{name}: other answers than native's within the budget"]
 
 
 def main() -> int:
@@ -238,7 +254,8 @@ def main() -> int:
     for name in args.scenarios:
         record = run_scenario(name, model, args.out, args.repeats, args.layers, args.port, arguments)
         failures += [f"{name}: {failure}" for failure in record["failures"]]
-    failures += compare_decode(args.out)
+    for name in DECODE_GRAPH:
+        failures += compare_decode(args.out, name)
     print("\n".join(["failed:", *failures]) if failures else "all checks passed", flush=True)
     return 1 if failures else 0
 
