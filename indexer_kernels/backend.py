@@ -34,7 +34,7 @@ def use_gpu(mode: str, q: torch.Tensor, params: IndexerParams, backend: str) -> 
     """
     if backend == "reference":
         return False
-    return _chosen(gpu_refusal(mode, q, params), f"mode={mode!r}", q.device, backend)
+    return _chosen(gpu_refusal(mode, q, params), f"mode {mode!r}", f"mode={mode!r}", q.device, backend)
 
 
 def use_gpu_on(device: torch.device, backend: str) -> bool:
@@ -46,14 +46,14 @@ def use_gpu_on(device: torch.device, backend: str) -> bool:
         from indexer_kernels.gpu import refusals
 
         refusal = refusals.device_refusal(device)
-    return _chosen(refusal, "page means", device, backend)
+    return _chosen(refusal, "page means", "page means", device, backend)
 
 
-def _chosen(refusal: str | None, what: str, device: torch.device, backend: str) -> bool:
+def _chosen(refusal: str | None, what: str, argument: str, device: torch.device, backend: str) -> bool:
     if refusal is None:
         return True
     if backend == "gpu":
-        raise NotImplementedError(f"backend='gpu', {what}: {refusal}")
+        raise NotImplementedError(f"backend='gpu', {argument}: {refusal}")
     if device.type == "cuda" and refusal not in _logged:
         _logged.add(refusal)
         logger.warning("the reference backend serves %s: %s", what, refusal)

@@ -50,16 +50,20 @@ def paged_logits(
         lengths = torch.nn.functional.pad(lengths, (0, padded - num_rows), value=1)
     if schedule is None:
         schedule = paged_schedule(lengths)
-    return deep_gemm.fp8_paged_mqa_logits(
+    width = page_table.shape[1] * PAGE_TOKENS
+    logits = deep_gemm.fp8_paged_mqa_logits(
         q[:, None],
         k_pages.view(-1, PAGE_TOKENS, 1, HEAD_DIM + 4),
         weights,
         lengths[:, None],
         page_table,
         schedule,
-        page_table.shape[1] * PAGE_TOKENS,
+        width,
         clean_logits=False,
     )[:num_rows]
+    if padded == 1:  # DLPack, which DeepGEMM returns through, gives the stride of a lone row as 1; top-k looks at it
+        logits = logits.as_strided((1, width), (width, 1))
+    return logits
 
 
 def compile_schedulers(num_heads: int, device: torch.device | str = "cuda") -> None:

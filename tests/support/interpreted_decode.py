@@ -149,10 +149,11 @@ def main() -> None:
     decode.paged_logits = lambda *tensors: float_logits(*tensors[:5])
     decode.paged_schedule = lambda lengths: int(lengths.min()) >= 1
     decode.num_sms = lambda _device: 3  # some programs of scores take several turns
+    pages = make_batch([450, 320, 64, 63, 1, 383], 1, num_heads=1, seed=6)
+    check_updates(pages)
+    check_blocks(pages)
     for num_heads in (64, 32):
         batch = make_batch(LENGTHS, 1, num_heads=num_heads, seed=5)
-        check_updates(batch)
-        check_blocks(batch)
         means = whole_means(batch, torch.tensor(LENGTHS, dtype=torch.int32))
         for seen in SEEN:
             plan = plan_decode(torch.tensor(seen, dtype=torch.int32), batch.page_table.shape[1])
