@@ -9,6 +9,7 @@ may run side by side in several calls with ports of their own; time to first tok
     the budget, answers alone against concurrent and cached, time to first token interleaved over the modes
     decode_graph  decode_mode=hisa under CUDA graphs, answers against the `modes` server's native ones within the budget
     paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
+    Where hisa decodes, check_integrity compares its stored block statistics with the keys in every forward.
     unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
     sets          the token sets each layer selected, read back from the server, against native's
     eagle_native  speculative decoding (EAGLE by the model's own draft layer), native

@@ -8,12 +8,13 @@ import torch
 
 from indexer_kernels.gpu import (
     bit_list_kernel,
-    block_means_kernel,
     block_score_kernel,
+    decode_scores_kernel,
     group_proxy_kernel,
     group_rerank_kernel,
     group_scan_kernel,
     head_route_kernel,
+    page_means_kernel,
     page_select_kernel,
     rescan_kernel,
     routed_pack_kernel,
@@ -42,7 +43,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     active, route_block = params.active_heads, params.route_block
     builders: dict[str, Callable[[], object]] = {}
     if "misa" in modes or "misa_rerank" in modes:
-        builders[f"block_means {route_block}"] = lambda: block_means_kernel.build(route_block // 64)
+        builders[f"block_means {route_block}"] = lambda: page_means_kernel.compile_blocks(route_block // 64, False)
         builders[f"head_route H={num_heads}"] = lambda: head_route_kernel.build(
             num_heads, active, route_block, params.route_statistic
         )
@@ -56,16 +57,44 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
         forced = (PAGE_TOKENS, params.local_tokens)
         builders |= _token_builders("misa_rerank", params.candidates, forced, num_heads, active)
     if "hisa" in modes:
-        builders[f"block_means {params.block_size}"] = lambda: block_means_kernel.build(params.block_size // 64)
+        builders |= {
+            f"block_means {params.block_size}{' stored' if stored else ''}": functools.partial(
+                page_means_kernel.compile_blocks, params.block_size // 64, stored
+            )
+            for stored in (False, True)
+        }
         builders[f"block_score H={num_heads}"] = lambda: block_score_kernel.build(num_heads, params.block_size)
-        unit_pages = params.block_size // 64
-        builders |= _select_builders("block_select", params.top_blocks, unit_pages, 1, params.local_tokens)
     if "group_rerank" in modes:
         builders |= _group_builders(params, num_heads)
+    if "misa_rerank" in modes or "hisa" in modes:
+        builders |= _decode_builders(params, num_heads, modes)
     by_pages = "misa_rerank" in modes and params.candidate_unit == "page"
     if torch.cuda.is_available() and (by_pages or "hisa" in modes):
         builders["DeepGEMM schedulers"] = functools.partial(_compile_schedulers, num_heads)
     return builders
+
+
+def _decode_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Page means, and decode from them; none for a block size that decode cannot serve, which it then refuses."""
+    builders: dict[str, Callable[[], object]] = {
+        "page_means": functools.partial(page_means_kernel.compile_update, False, False),
+        "page_means from a page": functools.partial(page_means_kernel.compile_update, False, True),
+        "page_means of last pages": functools.partial(page_means_kernel.compile_update, True, False),
+        "page_means check": page_means_kernel.compile_check,
+    }
+    if params.block_size % 64:
+        return builders
+    builders["candidate_counts"] = functools.partial(decode_scores_kernel.compile_counts, params)
+    if "misa_rerank" in modes:
+        builders["route_statistics"] = functools.partial(decode_scores_kernel.compile_statistics, num_heads, params)
+    for mode in ("misa_rerank", "hisa"):
+        if mode in modes:
+            builders[f"{mode} decode_scores"] = functools.partial(
+                decode_scores_kernel.compile_scores, num_heads, params, mode == "misa_rerank"
+            )
+    return builders | _select_builders(
+        "block_select", params.top_blocks, params.block_size // 64, 1, params.local_tokens
+    )
 
 
 def _compile_schedulers(num_heads: int) -> None:

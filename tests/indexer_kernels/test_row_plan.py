@@ -89,6 +89,18 @@ def test_what_a_plan_derives_is_made_once_for_all_layers():
     assert plan.kept("other", lambda: plan.row_lengths * 3)[0] == 303
 
 
+def test_a_plan_for_one_forward_derives_once():
+    """Lengths do not change within a forward; the next one has a plan of its own."""
+    lengths = torch.tensor([5, 9], dtype=torch.int32)
+    plan = plan_decode(lengths, 4)
+    first = plan.for_one_forward()
+    assert first.row_lengths is plan.row_lengths and first.kept("twice", lambda: lengths * 2).tolist() == [10, 18]
+    lengths += 1
+    assert first.kept("twice", lambda: pytest.fail("made again")).tolist() == [10, 18]
+    assert plan.for_one_forward().kept("twice", lambda: lengths * 2).tolist() == [12, 20]
+    assert first.for_one_forward().kept("twice", lambda: lengths * 2).tolist() == [12, 20]
+
+
 def test_what_a_decode_plan_derives_follows_its_lengths():
     """A captured graph writes new lengths to the tensor that the plan was made from."""
     lengths = torch.tensor([5, 9], dtype=torch.int32)

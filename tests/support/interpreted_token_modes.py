@@ -27,7 +27,8 @@ from indexer_kernels.gpu.routed import Keys, Routed
 from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import Work
 from indexer_kernels.reference.routing import route_heads, routing_scores
-from indexer_kernels.reference.scores import block_means, token_scores
+from indexer_kernels.reference.scores import token_scores
+from indexer_kernels.reference.statistics import block_means
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
 from tests.support.emulated_cuda import build_bit_list, build_sample_threshold

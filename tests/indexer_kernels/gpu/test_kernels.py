@@ -17,7 +17,8 @@ from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.reference.candidates import visible_units
 from indexer_kernels.reference.routing import routing_scores
-from indexer_kernels.reference.scores import block_means, block_scores, token_scores
+from indexer_kernels.reference.scores import block_scores, token_scores
+from indexer_kernels.reference.statistics import block_means
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.gpu_calls import work_of
 from tests.support.inputs import Batch, make_batch
