@@ -1,7 +1,7 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
-    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets layers] [--repeats 5]
-                                   [--port 30000] [further arguments of sglang.launch_server]
+    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets eagle_native eagle
+                                   layers] [--repeats 5] [--port 30000] [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
 may run side by side in several calls with ports of their own; time to first token means something only alone.
@@ -9,10 +9,13 @@ may run side by side in several calls with ports of their own; time to first tok
     the budget, answers alone against concurrent and cached, time to first token interleaved over the modes
     decode_graph  decode_mode=hisa under CUDA graphs, answers against the `modes` server's native ones within the budget
     paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
+    Where hisa decodes, check_integrity compares its stored block statistics with the keys in every forward.
     unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
     sets          the token sets each layer selected, read back from the server, against native's
-    layers        a settings file with a mode of its own for each of four layers: each ran it, native's answers within
-    the budget
+    eagle_native  speculative decoding (EAGLE by the model's own draft layer), native
+    eagle         the same with decode_mode=hisa, answers against eagle_native's within the budget
+    layers        a settings file with a mode of its own for each of four layers: each ran it, answers against the
+    `modes` server's native ones within the budget
 A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
 """
 
@@ -36,6 +39,11 @@ WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
 NEW_TOKENS = 8
+EAGLE = [
+    "--speculative-algorithm=EAGLE", "--speculative-num-steps=3", "--speculative-eagle-topk=1",
+    "--speculative-num-draft-tokens=4",
+]  # fmt: skip
+SCENARIOS = ("modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers")
 # Budgets hold WITHIN_BUDGET; the file's modes run from the first token on.
 LAYERS_FILE = {
     "format": 1,
@@ -128,6 +136,34 @@ def measure_ttft(server: Server, check: Check, repeats: int) -> None:
         print(f"  ttft {shown_context:>6}: {shown}", flush=True)
 
 
+def check_integrity(server: Server, check: Check) -> None:
+    """The stored block statistics that were compared with the keys, and how many were wrong."""
+    status = server.status()
+    checked, wrong = status["integrity_checked"], status["integrity_mismatches"]
+    check.record["integrity"] = {"checked": checked, "mismatches": wrong}
+    check.expect(checked > 0, f"{checked} stored block means compared with their keys")
+    check.expect(wrong == 0, f"{wrong} of them differ")
+
+
+def check_drafts(server: Server, check: Check, mode: str) -> None:
+    """Speculative decoding: greedy answers, and how many draft tokens were taken. hisa must have verified them."""
+    before = runs(server, "decode/hisa")
+    answers = []
+    for num_tokens in WITHIN_BUDGET:
+        server.flush()
+        answers.append(server.generate(prompt(num_tokens, num_tokens), 4 * NEW_TOKENS))
+    with ThreadPoolExecutor(len(WITHIN_BUDGET)) as pool:
+        server.flush()
+        together = list(pool.map(lambda n: server.generate(prompt(n, n), 4 * NEW_TOKENS), WITHIN_BUDGET))
+    check.record["decode_answers"] = answers
+    check.record["together_equal"] = sum(a == b for a, b in zip(answers, together))
+    check.record["long"] = server.generate(prompt(LONG[1], LONG[1]), 4 * NEW_TOKENS)
+    if mode == "hisa":
+        ran = runs(server, "decode/hisa") - before
+        check.expect(ran > 0, f"decode/hisa: {ran} runs on the device")
+        check_integrity(server, check)
+
+
 def check_decode(server: Server, check: Check, graph: bool) -> None:
     """decode_mode=hisa: it ran for every token, under graphs where they are on."""
     before = runs(server, "decode/hisa")
@@ -143,6 +179,7 @@ def check_decode(server: Server, check: Check, graph: bool) -> None:
     captured = [entry for entry in server.status()["captured"] if entry["mode"] == "hisa"]
     check.expect(bool(captured) == graph, f"decode/hisa {'in' if graph else 'without'} CUDA graphs")
     check.expect(len(long) == 24 and len({tuple(a) for a in answers}) > 1, "long context served")
+    check_integrity(server, check)
 
 
 def check_sets(server: Server, check: Check, layers: int) -> None:
@@ -176,38 +213,32 @@ def check_sets(server: Server, check: Check, layers: int) -> None:
 
 
 def check_layers(server: Server, check: Check) -> None:
-    """LAYERS_FILE: every layer's mode is counted and ran on the device; native's answers within the budget."""
+    """LAYERS_FILE: every layer's mode is counted and ran on the device."""
     counted = ("native", "misa_rerank", "hisa")
 
     def calls() -> dict[str, int]:
         listed = [one for one in server.status()["calls"] if one["phase"] == "prefill"]
         return {mode: sum(one["calls"] for one in listed if one["mode"] == mode) for mode in counted}
 
-    answers: dict[str, list[list[int]]] = {}
-    for mode in ("native", "auto"):
-        server.switch_prefill(mode)
-        before, on_device = calls(), {name: runs(server, f"prefill/{name}") for name in counted}
-        answers[mode] = []
-        for num_tokens in (*WITHIN_BUDGET, LONG[0]):
-            server.flush()
-            answers[mode].append(server.generate(prompt(num_tokens, num_tokens), NEW_TOKENS))
-        ran = {name: calls()[name] - before[name] for name in counted}
-    check.record["layers"] = {"answers": answers, "calls": ran}
+    answers = []
+    for num_tokens in (*WITHIN_BUDGET, LONG[0]):
+        server.flush()
+        answers.append(server.generate(prompt(num_tokens, num_tokens), NEW_TOKENS))
+    ran = calls()
+    check.record |= {"layer_answers": answers, "layer_calls": ran}
     even = ran["hisa"] > 0 and ran["native"] == ran["hisa"] and ran["misa_rerank"] == 2 * ran["hisa"]
     check.expect(even, f"calls of layers native, misa_rerank, hisa, misa_rerank: {ran}")
     for name in ("misa_rerank", "hisa"):
-        check.expect(runs(server, f"prefill/{name}") > on_device[name], f"layers: the device ran {name}")
-    same = answers["auto"][: len(WITHIN_BUDGET)] == answers["native"][: len(WITHIN_BUDGET)]
-    check.expect(same, f"layers: native's answers to prompts of {WITHIN_BUDGET} tokens")
+        check.expect(runs(server, f"prefill/{name}") > 0, f"layers: the device ran {name}")
 
 
 def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, port: int, arguments: list[str]) -> dict:
     check = Check(name)
     options = {
         "modes": ({"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"}, [], {}),
-        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa"}, [], {}),
+        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"}, [], {}),
         "paged": (
-            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1"},
+            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1", "check_integrity": "1"},
             ["--dsa-prefill-backend", "flashmla_kv", "--disable-cuda-graph"],
             {},
         ),
@@ -216,6 +247,8 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             ["--enable-mixed-chunk"],
             {"SGLANG_DSA_FUSE_TOPK": "0"},
         ),
+        "eagle_native": ({"prefill_mode": "native", "decode_mode": "native"}, EAGLE, {}),
+        "eagle": ({"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"}, EAGLE, {}),
         "sets": (
             {"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"},
             # SGLang keeps the sets of every token of the pool in host memory: a small pool.
@@ -223,7 +256,7 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             {"SGLANG_DSA_FUSE_TOPK": "0"},
         ),
         "layers": (
-            {"settings_file": str(out / "layers_settings.json"), "decode_mode": "native", "runtime_switch": "1"},
+            {"settings_file": str(out / "layers_settings.json"), "decode_mode": "native"},
             [],
             {},
         ),
@@ -239,6 +272,8 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             measure_ttft(server, check, repeats)
         elif name == "decode_graph":
             check_decode(server, check, graph=True)
+        elif name.startswith("eagle"):
+            check_drafts(server, check, "native" if name == "eagle_native" else "hisa")
         elif name == "sets":
             check_sets(server, check, layers)
         elif name == "layers":
@@ -254,28 +289,33 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
 
 
 def compare_decode(out: Path) -> list[str]:
-    """What differs between the answers of decode_mode=hisa under graphs and native's, within the budget.
+    """What differs between the answers of decode_mode=hisa, or of LAYERS_FILE, and native's, within the budget.
 
     Two servers of one model, so it is asked once the records of both are there, whichever call finished last.
     """
-    records = [out / f"{name}.json" for name in ("modes", "decode_graph")]
-    if not all(path.is_file() for path in records):
-        return []
-    modes, decode = (json.loads(path.read_text()) for path in records)
-    want = modes["answers"]["native"]["alone"][: len(WITHIN_BUDGET)]
-    got = decode["decode_answers"][: len(WITHIN_BUDGET)]
-    decode["equals_native_within_budget"] = got == want
-    records[1].write_text(json.dumps(decode, indent=1))
-    print(f"  {'ok  ' if got == want else 'FAIL'} decode/hisa: native's answers to prompts of {WITHIN_BUDGET} tokens")
-    return [] if got == want else ["decode_graph: other answers than native's within the budget"]
+    differing = []
+    for name, answers, native, answers_of in (
+        ("decode_graph", "decode_answers", "modes", lambda record: record["answers"]["native"]["alone"]),
+        ("layers", "layer_answers", "modes", lambda record: record["answers"]["native"]["alone"]),
+        ("eagle", "decode_answers", "eagle_native", lambda record: record["decode_answers"]),
+    ):
+        paths = [out / f"{name}.json", out / f"{native}.json"]
+        if not all(path.is_file() for path in paths):
+            continue
+        decode, other = (json.loads(path.read_text()) for path in paths)
+        want = answers_of(other)[: len(WITHIN_BUDGET)]
+        got = decode[answers][: len(WITHIN_BUDGET)]
+        decode["equals_native_within_budget"] = got == want
+        paths[0].write_text(json.dumps(decode, indent=1))
+        print(f"  {'ok  ' if got == want else 'FAIL'} {name}: native's answers to prompts of {WITHIN_BUDGET} tokens")
+        differing += [] if got == want else [f"{name}: other answers than native's within the budget"]
+    return differing
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused", "sets", "layers"]
-    )
+    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
     parser.add_argument("--model", type=Path, help="model directory; default: a tiny model is written to OUT/model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16, help="16: one rank of 8-way tensor parallelism")

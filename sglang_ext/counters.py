@@ -25,6 +25,7 @@ class Counters:
         self._forwards: Counter[tuple[str, str, str]] = Counter()
         self._captured: Counter[tuple[str, str, int]] = Counter()
         self._device_runs: torch.Tensor | None = None
+        self._integrity: torch.Tensor | None = None
         self._traces_written = 0
         self._traces_skipped: Counter[str] = Counter()
 
@@ -72,6 +73,20 @@ class Counters:
             self._device_runs = torch.zeros(2 * len(MODES), dtype=torch.int64, device=device)
         return self._device_runs
 
+    def count_integrity(self, pages: torch.Tensor, mismatches: torch.Tensor) -> None:
+        """One comparison of stored means with the keys: device scalars, added without waiting. Safe under capture once
+        prepared.
+        """
+        counted = self.prepare_integrity(pages.device)
+        counted[0].add_(pages)
+        counted[1].add_(mismatches)
+
+    def prepare_integrity(self, device: torch.device) -> torch.Tensor:
+        """The memory of (pages compared, mismatches), which must exist before a graph is captured."""
+        if self._integrity is None:
+            self._integrity = torch.zeros(2, dtype=torch.int64, device=device)
+        return self._integrity
+
     def snapshot(self) -> dict[str, object]:
         """Plain values. Waits for the GPU: not for the forward path."""
         with self._lock:
@@ -79,6 +94,7 @@ class Counters:
             forwards = dict(self._forwards)
             written, skipped = self._traces_written, dict(self._traces_skipped)
         runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
+        checked, mismatches = self._integrity.tolist() if self._integrity is not None else (0, 0)
         return {
             "forwards": [
                 {"phase": phase, "mode": mode, "reason": reason, "forwards": n}
@@ -98,6 +114,8 @@ class Counters:
                 for mode in MODES
                 if runs[_device_index(phase, mode)]
             },
+            "integrity_checked": checked,
+            "integrity_mismatches": mismatches,
             "traces_written": written,
             "traces_skipped": skipped,
         }

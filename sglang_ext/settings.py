@@ -40,7 +40,10 @@ class Settings:
 
     mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
-    decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
+    decode_mode: str | None = _setting(
+        None,
+        "mode of decode, where it differs; hisa and misa_rerank keep block statistics: 4 bytes per token and layer",
+    )
     settings_file: str | None = _setting(
         None, "JSON file of settings, with settings of single layers: what `sglang-ext tune` writes"
     )
@@ -66,6 +69,9 @@ class Settings:
     prefill_min_rows: int = _setting(2048, "`auto`: prefill of fewer rows stays native")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
     runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
+    check_integrity: bool = _setting(
+        False, "compare stored block statistics with the keys in every forward; slow, for tests"
+    )
     trace_dir: str | None = _setting(None, "folder for traces of what the indexers see; slow, for diagnosis")
     trace_rows: int = _setting(16, "query rows of a trace: half the prompt's last, half spread over its last chunk")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from indexer_kernels.top_k import TopK
-from sglang_ext import __version__, policy
+from sglang_ext import __version__, policy, statistics
 from sglang_ext.counters import Counters
 from sglang_ext.forwards import (
     Forward,
@@ -26,6 +26,7 @@ from sglang_ext.runner import OutputForm, run
 from sglang_ext.runtime_switch import MODE_NUMBERS, RuntimeSwitch
 from sglang_ext.settings import Settings, load_settings
 from sglang_ext.settings_file import read_settings_file
+from sglang_ext.statistics import PoolStatistics, Statistics
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
@@ -56,6 +57,8 @@ class Stage:
         self._prompts: Prompts | None = None
         self._traces: TraceWriter | None = None
         self._support = Support()
+        self.statistics = Statistics()
+        self._no_statistics: str | None = None  # why there can be none, or none any more
 
     def start(
         self,
@@ -89,6 +92,9 @@ class Stage:
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
         variants = [one.settings for one in self._layer_settings.all(self.settings)]
         self._support.prepare(variants, q, top_k)
+        reading = [settings for settings in variants if policy.needs_statistics(settings)]
+        if reading and all(self._support.phase_refusal(settings, "decode", q, top_k) for settings in reading):
+            self._no_statistics = "no_kernel"
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -174,6 +180,7 @@ class Stage:
         variant = self._variant(layer_id)
         kept = kept_forward(attention, variant.number)
         if kept is not None and kept.planned_from((lengths, page_table), num_rows):
+            kept.enter(layer_id)
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", variant.settings):
@@ -181,7 +188,7 @@ class Stage:
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view, variant)
-        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
+        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table), layer=layer_id)
         if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
             keep_forward(attention, forward, variant.number)
         return forward
@@ -225,8 +232,9 @@ class Stage:
         page_table: torch.Tensor,
         form: OutputForm,
         out: torch.Tensor,
+        page_means: torch.Tensor | None = None,
     ) -> None:
-        """Fill out with the selection of this layer's queries."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -247,7 +255,65 @@ class Stage:
                 settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
+                page_means if mode in policy.STATISTICS_MODES else None,
             )
+
+    def wants_statistics(self) -> bool:
+        """Whether decode may read stored block statistics: asked once the model is built, where pools are sized."""
+        variants = self._layer_settings.all(self.settings)
+        return self._no_statistics is None and any(policy.needs_statistics(one.settings) for one in variants)
+
+    def allocate_statistics(self, cache: object, keys: Sequence[torch.Tensor], start_layer: int) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them."""
+        for buffer in keys[:1]:
+            self.counters.prepare_integrity(buffer.device)
+        return self.statistics.allocate(cache, keys, start_layer)
+
+    def refuse_statistics(self, reason: str) -> None:
+        """A pool has no block statistics: said at once, and the end of the server under strict."""
+        variants = [one.settings for one in self._layer_settings.all(self.settings)]
+        reading = next((settings for settings in variants if policy.needs_statistics(settings)), self.settings)
+        self._reject(f"decode mode {reading.phase_mode('decode')!r}: {policy.UNSUPPORTED[reason]} ({reason})")
+
+    def statistics_obstacle(self, kept: PoolStatistics | str | None, layer_id: int) -> str | None:
+        """The policy's reason why a layer's decode cannot read these statistics, if its mode reads any."""
+        settings = self._variant(layer_id).settings
+        if not policy.needs_statistics(settings):
+            return None
+        if self._no_statistics is not None:
+            return self._no_statistics
+        if settings.block_size % 64 or settings.route_block % 64:
+            return "block_size"
+        return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
+
+    def fill_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        trusted: torch.Tensor | None = None,
+    ) -> None:
+        """`statistics.fill` of a layer, after its keys are stored."""
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.fill(kept.of_layer(layer_id), k_pages, page_table, lengths, checks, trusted)
+
+    def step_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        row_lengths: torch.Tensor,
+    ) -> None:
+        """`statistics.step` of a layer. Rows that have no page table end the use of statistics: they would go stale."""
+        if row_lengths.shape[0] != page_table.shape[0]:
+            self._no_statistics = "statistics_lost"
+            self.refuse_statistics(self._no_statistics)
+            return
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.step(kept.of_layer(layer_id), k_pages, page_table, row_lengths, checks)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info."""
@@ -258,6 +324,7 @@ class Stage:
             "mode_numbers": dict(MODE_NUMBERS) if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
             "refused": sorted(self._support.rejected),
+            "statistics": self.statistics.status(),
             **self.counters.snapshot(),
         }
 
