@@ -214,17 +214,13 @@ def check_sets(server: Server, check: Check, layers: int) -> None:
 
 def check_layers(server: Server, check: Check) -> None:
     """LAYERS_FILE: every layer's mode is counted and ran on the device."""
-    counted = ("native", "misa_rerank", "hisa")
-
-    def calls() -> dict[str, int]:
-        listed = [one for one in server.status()["calls"] if one["phase"] == "prefill"]
-        return {mode: sum(one["calls"] for one in listed if one["mode"] == mode) for mode in counted}
-
     answers = []
     for num_tokens in (*WITHIN_BUDGET, LONG[0]):
         server.flush()
         answers.append(server.generate(prompt(num_tokens, num_tokens), NEW_TOKENS))
-    ran = calls()
+    listed = [one for one in server.status()["calls"] if one["phase"] == "prefill"]
+    names = ("native", "misa_rerank", "hisa")
+    ran = {mode: sum(one["calls"] for one in listed if one["mode"] == mode) for mode in names}
     check.record |= {"layer_answers": answers, "layer_calls": ran}
     even = ran["hisa"] > 0 and ran["native"] == ran["hisa"] and ran["misa_rerank"] == 2 * ran["hisa"]
     check.expect(even, f"calls of layers native, misa_rerank, hisa, misa_rerank: {ran}")

@@ -171,6 +171,15 @@ def test_the_first_layer_of_those_that_share_settings():
     assert table.of(Settings(), 1).number == 0, "other settings, another table"
 
 
+def test_stored_statistics_are_wanted_for_the_layers_that_read_them():
+    stage = stage_of(settings({"1": {"decode_mode": "hisa"}, "2": {"decode_mode": "hisa", "block_size": 96}}))
+    assert stage.wants_statistics()
+    assert [stage.statistics_obstacle(None, layer) for layer in range(3)] == [None, "no_statistics", "block_size"]
+    assert not stage_of(settings({"1": {"prefill_mode": "hisa"}})).wants_statistics()
+    with pytest.raises(RuntimeError, match="strict.*decode mode 'hisa'.*no_statistics"):
+        stage_of(settings({"1": {"decode_mode": "hisa"}}, strict=True)).refuse_statistics("no_statistics")
+
+
 # Start
 
 
