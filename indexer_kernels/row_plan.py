@@ -101,7 +101,8 @@ class RowPlan:
 
     def _plan_scans(self, group: int) -> "RowPlan":
         if self.host_rows is None:
-            return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+            plan = plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+            return replace(plan, one_forward=self.one_forward)
         request, lengths = self.host_rows
         first = self._host_groups(request, lengths, group).rows[:, 0].long()
         seen = first_seen(lengths[first], group)

@@ -128,3 +128,5 @@ def test_scans_of_decode_follow_the_lengths():
     assert plan.scans(4).row_lengths.tolist() == [5, 0, 1, 5] and plan.scans(4).max_length == plan.max_length
     lengths[0] = 9
     assert plan.scans(4).row_lengths.tolist() == [9, 0, 1, 5]
+    forward = plan.for_one_forward()
+    assert forward.scans(4) is forward.scans(4) and forward.scans(4).one_forward
