@@ -221,6 +221,29 @@ def test_selection_reads_the_layers_own_means(stage, server):
         assert torch.equal(got, want) and not torch.equal(got, without)
 
 
+def test_slots_where_sglang_fuses(stage, server):
+    request, twin = Request(), Server(make_pool(40, (False, True, False), start_layer=3))
+    server.extend([(request, 700)])
+    twin.extend([(same := Request(), 700)])
+    twin.unfused = False
+    for positions, slots in zip(server.decode([request], padding=2), twin.decode([same], padding=2)):
+        want = [same.pages[p // 64] * 64 + p % 64 for p in positions[0].tolist()]
+        assert sorted(slots[0].tolist()) == sorted(want) and len(set(want)) == sut.TOP_K
+        assert slots[1:].tolist() == [[0] + [-1] * (sut.TOP_K - 1)] * 2, (
+            "padding rows see the padding page's first token"
+        )
+
+
+def test_idle_ranks_touch_nothing(stage, server):
+    request = Request()
+    server.extend([(request, 130)])
+    before = [means.clone() for means in server.statistics().means]
+    for rows in server.idle(3):
+        assert rows[:, 0].tolist() == [0, 0, 0] and (rows[:, 1:] == -1).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, server.statistics().means))
+    assert integrity(stage)[1] == 0
+
+
 def test_a_stale_mean_is_found_and_changes_what_is_selected(stage, server):
     request = Request()
     server.extend([(request, 700)])
