@@ -219,8 +219,11 @@ class Stage:
         form: OutputForm,
         out: torch.Tensor,
         page_means: torch.Tensor | None = None,
+        update_means: bool = False,
     ) -> None:
-        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any;
+        update_means: `step_means` is part of the selection.
+        """
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -241,6 +244,7 @@ class Stage:
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
                 page_means if mode in policy.STATISTICS_MODES else None,
+                update_means and mode in policy.STATISTICS_MODES,
             )
 
     def wants_statistics(self) -> bool:

@@ -57,6 +57,7 @@ class Server:
 
     def __init__(self, pool: Any, seed: int = 0) -> None:
         self.pool, self.unfused = pool, True
+        self.backend: dict[str, Any] = {}  # attributes of SGLang's attention backend
         self.free = list(range(pool.index_key_cache.buffer[0].shape[0] - 1, 0, -1))
         self.random = torch.Generator().manual_seed(seed)
         self.layers = [pool.start_layer + i for i, keys in enumerate(pool.index_key_cache.buffer) if len(keys)]
@@ -171,7 +172,7 @@ class Server:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        with serving(self.pool):
+        with serving(self.pool, **self.backend):
             yield
 
     def wrong(self, request: Request, length: int) -> list[tuple[int, int]]:
