@@ -86,7 +86,7 @@ def scored_blocks(
     return tl.where(length > BUDGET * size, tl.maximum(length - LOCAL, 0) // size, 0)
 
 
-@triton.jit(do_not_specialize=ROUTED, do_not_specialize_on_alignment=_unaligned(ROUTED))
+@triton.jit(do_not_specialize=_unaligned(ROUTED), do_not_specialize_on_alignment=_unaligned(ROUTED))
 def route_statistics_kernel(
     q,  # [M, H, DIM] fp8
     weights,  # not read
@@ -169,7 +169,7 @@ def update_last_mean(
         tl.store(means + page[:, None] * DIM + tl.arange(0, DIM)[None, :], mean)
 
 
-@triton.jit(do_not_specialize=SCORED, do_not_specialize_on_alignment=_unaligned(SCORED))
+@triton.jit(do_not_specialize=_unaligned(SCORED), do_not_specialize_on_alignment=_unaligned(SCORED))
 def decode_scores_kernel(
     q,  # [M, H, DIM] fp8
     weights,  # [M, H] f32

@@ -10,10 +10,9 @@ from indexer_kernels.row_groups import Proxies
 
 HEADS = 16  # heads of one program
 NUM_WARPS = 4
-DYNAMIC = ["q", "weights", "rows", "num_heads", "proxy_q", "proxy_weights"]
 
 
-@triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=["rows", "num_heads"])
+@triton.jit(do_not_specialize=["rows", "num_heads"], do_not_specialize_on_alignment=["rows", "num_heads"])
 def group_proxy_kernel(
     q,  # [M, num_heads, DIM] fp8
     weights,  # [M, num_heads] f32
