@@ -13,7 +13,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
 from sglang_ext.sglang_hook import Hook
-from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
+from sglang_ext.sglang_objects import (
+    current_pool,
+    indexer_device,
+    layer_tensors,
+    output_form,
+    rows_are_close,
+    unsupported_reason,
+)
 from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
 from sglang_ext.stage import Stage
 from sglang_ext.statistics import PoolStatistics, beside
@@ -228,9 +235,22 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool) if takes else native()
         if not takes:
             return beside(q_fp8.device, refresh, native)  # a later forward may read them
-        refresh()
+        apart = stage.settings.check_integrity or (expanded and not rows_are_close())
+        if apart:
+            refresh()
         means = kept.of_layer(layer_id)
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, page_means=means)
+        return _select(
+            stage,
+            forward,
+            indexer,
+            layer_id,
+            q_fp8,
+            weights,
+            metadata,
+            pool,
+            page_means=means,
+            update_means=not apart,
+        )
 
     return hook
 
@@ -300,12 +320,15 @@ def _select(
     pool: Any,
     out: torch.Tensor | None = None,
     page_means: torch.Tensor | None = None,
+    update_means: bool = False,
 ) -> torch.Tensor:
     """A layer's selection in the form SGLang's metadata asks for; rows that only pad the batch are -1."""
     if out is None:
         out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
     form = output_form(metadata, forward.phase)
-    stage.run(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out, page_means)
+    stage.run(
+        forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out, page_means, update_means
+    )
     return out
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -97,8 +98,10 @@ class Stage:
             modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
         if self.settings.backend != "reference":
             self._support.compile(self.settings, modes, num_heads, top_k)
-        if policy.needs_statistics(self.settings) and self._support.phase_refusal(self.settings, "decode", q, top_k):
-            self._no_statistics = "no_kernel"
+        served = len(self._models) == 1  # a draft model that is refused has its reason in its own forwards
+        if served and policy.needs_statistics(self.settings):
+            refused = self._support.phase_refusal(self.settings, "decode", q, top_k) is not None
+            self._no_statistics = "no_kernel" if refused else None
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -216,8 +219,11 @@ class Stage:
         form: OutputForm,
         out: torch.Tensor,
         page_means: torch.Tensor | None = None,
+        update_means: bool = False,
     ) -> None:
-        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any;
+        update_means: `step_means` is part of the selection.
+        """
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -238,17 +244,28 @@ class Stage:
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
                 page_means if mode in policy.STATISTICS_MODES else None,
+                update_means and mode in policy.STATISTICS_MODES,
             )
 
     def wants_statistics(self) -> bool:
         """Whether decode may read stored block statistics: asked once the model is built, where pools are sized."""
         return policy.needs_statistics(self.settings) and self._no_statistics is None
 
-    def allocate_statistics(self, cache: object, keys: Sequence[torch.Tensor], start_layer: int) -> PoolStatistics:
-        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them."""
+    def allocate_statistics(
+        self,
+        cache: object,
+        keys: Sequence[torch.Tensor],
+        start_layer: int,
+        memory: AbstractContextManager[Any] | None = None,
+    ) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them.
+
+        memory: where the buffers are allocated; the counters, which outlive what they count, are not.
+        """
         for buffer in keys[:1]:
             self.counters.prepare_integrity(buffer.device)
-        return self.statistics.allocate(cache, keys, start_layer)
+        with memory or nullcontext():
+            return self.statistics.allocate(cache, keys, start_layer)
 
     def refuse_statistics(self, reason: str) -> None:
         """A pool has no block statistics: said at once, and the end of the server under strict."""
