@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from indexer_kernels.params import MODES
+from sglang_ext.readback import Readback
 
 logger = logging.getLogger("sglang_ext")
 
@@ -25,6 +26,8 @@ class Counters:
         self._forwards: Counter[tuple[str, str, str]] = Counter()
         self._captured: Counter[tuple[str, str, int]] = Counter()
         self._device_runs: torch.Tensor | None = None
+        self._runs_read: Readback | None = None
+        self._reading: torch.cuda.Stream | None = None
         self._traces_written = 0
         self._traces_skipped: Counter[str] = Counter()
 
@@ -70,15 +73,19 @@ class Counters:
         """The counters' memory, which must exist before a graph is captured."""
         if self._device_runs is None:
             self._device_runs = torch.zeros(2 * len(MODES), dtype=torch.int64, device=device)
+            self._runs_read = Readback(self._device_runs)
+            self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
         return self._device_runs
 
-    def snapshot(self) -> dict[str, object]:
-        """Plain values. Waits for the GPU: not for the forward path."""
+    def snapshot(self, wait: bool = True) -> dict[str, object]:
+        """Plain values. wait: the device's own as of now, which is not for the forward path; else those of the call
+        before this one, or a later moment.
+        """
         with self._lock:
             calls, rows, captured = dict(self._calls), dict(self._rows), dict(self._captured)
             forwards = dict(self._forwards)
             written, skipped = self._traces_written, dict(self._traces_skipped)
-        runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
+        runs = self._runs(wait)
         return {
             "forwards": [
                 {"phase": phase, "mode": mode, "reason": reason, "forwards": n}
@@ -101,6 +108,16 @@ class Counters:
             "traces_written": written,
             "traces_skipped": skipped,
         }
+
+    def _runs(self, wait: bool) -> list[int]:
+        if self._device_runs is None or self._runs_read is None:
+            return [0] * (2 * len(MODES))
+        if wait:
+            return self._device_runs.tolist()
+        # On a stream of its own: single counters only grow, so a copy in the midst of a forward is as good as any.
+        with torch.cuda.stream(self._reading):
+            self._runs_read.start()
+        return self._runs_read.read().tolist()
 
 
 def _device_index(phase: str, mode: str) -> int:

@@ -12,7 +12,9 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
+from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
 from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
+from sglang_ext.sglang_shadow import agree_among_attention_ranks, native_prefill_rows
 from sglang_ext.stage import Stage
 
 SGLANG_SUPPORTED = "0.5.23"
@@ -68,7 +70,7 @@ def hooks() -> tuple[Hook, ...]:
             f"{FORWARD_BATCH}.init_new",
             HookType.AFTER,
             ("batch", "model_runner"),
-            "note how long each prompt is, for native_tail_rows and traces",
+            "note how long each prompt is, for native_tail_rows and traces; ask the guard",
             _after_forward_batch,
         ),
         Hook(
@@ -88,6 +90,10 @@ def wanted_hooks(runtime_switch: bool) -> list[Hook]:
         why = "refuse models whose indexer is another class, which no hook reaches"
         target, parameters = f"{KPOOL_INDEXER}.__init__", ("self", "hidden_size", "index_n_heads")
         wanted.append(Hook(target, HookType.AFTER, parameters, why, _after_kpool_init))
+    if has_collector():
+        why = "show counters and overlap at /metrics"
+        wanted.append(Hook(f"{COLLECTOR}.__init__", HookType.AFTER, ("self", "labels"), why, after_collector_init))
+        wanted.append(Hook(f"{COLLECTOR}.log_stats", HookType.AFTER, ("self", "stats"), why, after_log_stats))
     if runtime_switch:
         why = "let POST /set_internal_state change the prefill mode (runtime_switch)"
         wanted.append(
@@ -186,7 +192,11 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
+        chosen = _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
+        if (sample := forward.sample) is not None:
+            given = (original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata)
+            stage.compare(forward, layer_id, chosen, lambda: native_prefill_rows(*given, sample))
+        return chosen
 
     return hook
 
@@ -216,7 +226,10 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         )
         if not stage.takes(forward, layer_id):
             return native()
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
+        chosen = _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
+        if (sample := forward.sample) is not None:
+            stage.compare(forward, layer_id, chosen, lambda: native()[sample.rows])
+        return chosen
 
     return hook
 
@@ -230,6 +243,7 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        stage.poll_guard(agree_among_attention_ranks)
         if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:

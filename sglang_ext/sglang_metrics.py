@@ -1,0 +1,41 @@
+"""The plugin's metrics on SGLang's /metrics: made beside SGLang's own, brought up to date whenever those are."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from sglang_ext.metrics import Metrics
+from sglang_ext.stage import Stage
+
+COLLECTOR = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
+
+
+def has_collector() -> bool:
+    """Whether this SGLang keeps its metrics where the hooks look for them; without them the plugin exports none."""
+    try:
+        return importlib.util.find_spec(COLLECTOR.rpartition(".")[0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def after_collector_init(stage: Stage) -> Callable[..., None]:
+    """Hook that makes the metrics, with SGLang's labels and through the same library."""
+
+    def hook(_result: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
+        # Not before: SGLang sets PROMETHEUS_MULTIPROC_DIR, which the library reads as it is imported.
+        import prometheus_client
+
+        counter = getattr(collector, "_counter_cls", None) or prometheus_client.Counter
+        gauge = getattr(collector, "_gauge_cls", None) or prometheus_client.Gauge
+        stage.metrics = Metrics(collector.labels, counter, gauge)
+
+    return hook
+
+
+def after_log_stats(stage: Stage) -> Callable[..., None]:
+    """Hook on SGLang's own interval: at the log of a prefill, every few decodes, and now and then where idle."""
+
+    def hook(_result: None, *_args: Any, **_kwargs: Any) -> None:
+        stage.update_metrics()
+
+    return hook

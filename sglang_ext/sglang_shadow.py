@@ -1,0 +1,66 @@
+"""SGLang's own selection for the sampled rows of a forward, and the ranks that share one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_ext.guard import agree_in
+from sglang_ext.overlap import Key
+from sglang_ext.shadow import Sample
+
+
+def native_prefill_rows(
+    original: Callable[..., torch.Tensor],
+    indexer: Any,
+    enable_dual_stream: bool,
+    forward_batch: Any,
+    layer_id: int,
+    q_fp8: torch.Tensor,
+    weights: torch.Tensor,
+    metadata: Any,
+    sample: Sample,
+) -> torch.Tensor:
+    """[S, K] of SGLang's `_get_topk_ragged` for the sample's rows alone, in the form of the whole forward's result.
+
+    A batch of one request that brings S rows: it costs what S rows cost, and S rows of scores in memory.
+    """
+    # fp8 tensors cannot be indexed by rows on every device, their bytes can
+    q = q_fp8.view(torch.uint8)[sample.rows].view(q_fp8.dtype)
+    rows = metadata_of_rows(metadata, sample)
+    return original(indexer, enable_dual_stream, forward_batch, layer_id, q, weights[sample.rows], rows, None)
+
+
+def metadata_of_rows(metadata: Any, sample: Sample) -> Any:
+    """SGLang's prefill metadata as a batch would have it that consists of the sample's rows."""
+    attention, request = metadata.attn_metadata, sample.request
+    assert request is not None and sample.spans is not None, "a sample of a prefill"
+    one, count = slice(request, request + 1), sample.rows.shape[0]
+    zeros = torch.zeros_like(sample.lengths)
+    wide, offsets = attention.page_table_1, attention.topk_indices_offset
+    batch = dataclasses.replace(
+        attention,
+        cache_seqlens_int32=attention.cache_seqlens_int32[one],
+        cu_seqlens_q=sample.spans[0],
+        cu_seqlens_k=sample.spans[1],
+        page_table_1=None if wide is None else wide[one],
+        real_page_table=attention.real_page_table[one],
+        dsa_extend_seq_lens_list=[count],
+        dsa_seqlens_expanded=sample.lengths,
+        seq_lens_sum=sample.seen,
+        topk_indices_offset=None if offsets is None else offsets[sample.rows],
+        indexer_k_start_end=(zeros, sample.lengths),
+        indexer_seq_lens=attention.indexer_seq_lens[one],
+        indexer_seq_lens_cpu=attention.indexer_seq_lens_cpu[one],
+        token_to_batch_idx=zeros,
+    )
+    return dataclasses.replace(metadata, attn_metadata=batch)
+
+
+def agree_among_attention_ranks(fallen: list[Key]) -> list[Key]:
+    """What the first rank of the attention tensor-parallel group has found; all of them call this at the same batch."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    group = get_attn_tp_group()
+    return fallen if group.world_size == 1 else agree_in(group.cpu_group, group.ranks[0], fallen)
