@@ -62,8 +62,15 @@ class Overlaps:
         return self._cells
 
     def add(self, key: Key, overlap: torch.Tensor, counts: torch.Tensor | None = None) -> None:
-        """Rows of one layer: overlap [S] float64; counts [S] bool: rows that say something, None: all."""
+        """Rows of one layer: overlap [S] float64; counts [S] bool: rows that say something, None: all.
+
+        Raises RuntimeError for a kind of rows more than SLOTS.
+        """
         cells = self.prepare(overlap.device)
+        if key not in self._slots and len(self._slots) == SLOTS:
+            raise RuntimeError(
+                f"no memory for the overlap of {key}: there are {SLOTS} phases, modes and layers already"
+            )
         slot = self._slots.setdefault(key, len(self._slots))
         rows = torch.ones_like(overlap) if counts is None else counts.double()
         at_most = (overlap[:, None] <= self._bounds) * rows[:, None]
