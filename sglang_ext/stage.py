@@ -233,13 +233,12 @@ class Stage:
     ) -> None:
         """Fill out with the selection of this layer's queries."""
         start = Mark(q.device) if self._samples(forward, q.device) else None
-        if q.device.type == "cuda":
-            if capturing(q.device):
-                if self.shadow is not None and layer_id == self._counting_layer():
-                    self.shadow.skip(forward.phase, GRAPH)
-                self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
-            if layer_id == self._counting_layer():
-                self.counters.step_device(forward.phase, forward.decision.mode, q.device)
+        if capturing(q.device):
+            if self.shadow is not None and layer_id == self._counting_layer():
+                self.shadow.skip(forward.phase, GRAPH)
+            self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
+        if q.device.type == "cuda" and layer_id == self._counting_layer():
+            self.counters.step_device(forward.phase, forward.decision.mode, q.device)
         params = self.settings.params(out.shape[1])
         for mode, rows in forward.parts:
             run(
