@@ -64,7 +64,7 @@ class Metrics:
         """Bring every series to what has been counted. Waits for no device: a value may be that of a moment ago."""
         for name, labels, value in counted(counters, shadow):
             step = value - self._counted.get((name, labels), 0.0)
-            if step > 0:
+            if step > 0 or (name, labels) not in self._counted:  # an empty bucket of a histogram is a series too
                 self._series(self._counters, COUNTERS, name, labels).inc(step)
                 self._counted[(name, labels)] = value
         configured = {(phase, settings.phase_mode(phase)) for phase in ("prefill", "decode")}
