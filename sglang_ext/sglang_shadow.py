@@ -36,23 +36,26 @@ def metadata_of_rows(metadata: Any, sample: Sample) -> Any:
     """SGLang's prefill metadata as a batch would have it that consists of the sample's rows."""
     attention, request = metadata.attn_metadata, sample.request
     assert request is not None and sample.spans is not None, "a sample of a prefill"
-    one, count = slice(request, request + 1), sample.rows.shape[0]
-    zeros = torch.zeros_like(sample.lengths)
-    wide, offsets = attention.page_table_1, attention.topk_indices_offset
+    zeros, offsets = torch.zeros_like(sample.lengths), attention.topk_indices_offset
+
+    def own(of_requests: torch.Tensor | None) -> torch.Tensor | None:
+        # A copy starts where SGLang's tensors start: another alignment would be another kernel to compile.
+        return None if of_requests is None else of_requests[request : request + 1].clone()
+
     batch = dataclasses.replace(
         attention,
-        cache_seqlens_int32=attention.cache_seqlens_int32[one],
+        cache_seqlens_int32=own(attention.cache_seqlens_int32),
         cu_seqlens_q=sample.spans[0],
         cu_seqlens_k=sample.spans[1],
-        page_table_1=None if wide is None else wide[one],
-        real_page_table=attention.real_page_table[one],
-        dsa_extend_seq_lens_list=[count],
+        page_table_1=own(attention.page_table_1),
+        real_page_table=own(attention.real_page_table),
+        dsa_extend_seq_lens_list=[sample.rows.shape[0]],
         dsa_seqlens_expanded=sample.lengths,
         seq_lens_sum=sample.seen,
         topk_indices_offset=None if offsets is None else offsets[sample.rows],
         indexer_k_start_end=(zeros, sample.lengths),
-        indexer_seq_lens=attention.indexer_seq_lens[one],
-        indexer_seq_lens_cpu=attention.indexer_seq_lens_cpu[one],
+        indexer_seq_lens=own(attention.indexer_seq_lens),
+        indexer_seq_lens_cpu=own(attention.indexer_seq_lens_cpu),
         token_to_batch_idx=zeros,
     )
     return dataclasses.replace(metadata, attn_metadata=batch)

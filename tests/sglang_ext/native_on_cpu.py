@@ -119,7 +119,7 @@ def watched(stage: Stage) -> Iterator[None]:
 def metadata(batch: Batch, counts: list[int], **changes: Any) -> Any:
     """As `patched_indexer.metadata`, with what SGLang's own method reads besides."""
     per_request = torch.tensor([len(keys) for keys in batch.k])
-    wide = batch.page_table.long()[:, :, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+    wide = batch.page_table.long()[:, :, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=batch.page_table.device)
     wide = wide.flatten(1).clamp(-(2**31), 2**31 - 1).int()
 
     def starts(parts: torch.Tensor) -> torch.Tensor:
