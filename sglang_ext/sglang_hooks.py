@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang_ext.forwards import Forward
 from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
 from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
-from sglang_ext.sglang_shadow import agree_among_attention_ranks, native_prefill_rows
+from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows
 from sglang_ext.stage import Stage
 
 SGLANG_SUPPORTED = "0.5.23"
@@ -159,6 +159,8 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
         stage.start(
             fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, indexer_device(indexer)
         )
+        if stage.shadow is not None and stage.shadow.guard is not None:
+            check_guard()
 
     return hook
 

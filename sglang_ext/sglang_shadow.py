@@ -61,6 +61,14 @@ def metadata_of_rows(metadata: Any, sample: Sample) -> Any:
     return dataclasses.replace(metadata, attn_metadata=batch)
 
 
+def check_guard() -> None:
+    """RuntimeError where this SGLang does not say which ranks share a batch: asked as a model is built, not in use."""
+    from sglang.srt.distributed import parallel_state
+
+    if not hasattr(parallel_state, "get_attn_tp_group"):
+        raise RuntimeError("sglang-ext: guard_overlap needs SGLang's get_attn_tp_group, which this version lacks")
+
+
 def agree_among_attention_ranks(fallen: list[Key]) -> list[Key]:
     """What the first rank of the attention tensor-parallel group has found; all of them call this at the same batch."""
     from sglang.srt.distributed.parallel_state import get_attn_tp_group

@@ -142,6 +142,25 @@ def next_batch(stage: Stage) -> None:
     hook.make(stage)(SimpleNamespace(forward_mode=ForwardMode.DECODE), None, SimpleNamespace())
 
 
+def build_indexer(stage: Stage) -> None:
+    """SGLang builds an indexer of layer 5."""
+    (hook,) = [hook for hook in sglang_hooks.hooks() if hook.target.endswith("Indexer.__init__")]
+    built = SimpleNamespace(
+        layer_id=5, n_heads=8, head_dim=128, index_topk=TOP_K, parameters=lambda: iter([torch.empty(0)])
+    )
+    hook.make(stage)(None, built)
+
+
+def test_a_guard_needs_to_know_the_ranks(stage, monkeypatch):
+    """Found as the model is built, not batches later."""
+    build_indexer(stage)
+    monkeypatch.delattr("sglang.srt.distributed.parallel_state.get_attn_tp_group")
+    with pytest.raises(RuntimeError, match="guard_overlap needs SGLang's get_attn_tp_group"):
+        build_indexer(stage)
+    stage.shadow.guard = None
+    build_indexer(stage)
+
+
 def test_the_guard_returns_a_layer_to_sglangs_own(stage, native, batch, monkeypatch):
     asked: list[list[Key]] = []
 
