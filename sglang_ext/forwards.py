@@ -10,7 +10,6 @@ from indexer_kernels.row_plan import plan_decode, plan_extend
 from sglang_ext import policy
 from sglang_ext.policy import Decision
 from sglang_ext.runner import Rows, split_tail
-from sglang_ext.shadow import Sample
 from sglang_ext.trace_capture import TracePlan
 
 KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
@@ -19,7 +18,7 @@ KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
 @dataclass(slots=True)
 class Forward:
     """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
-    from; trace: what is kept of it, if anything; sample: rows that native selects too.
+    from; trace: what is kept of it, if anything.
     """
 
     phase: str
@@ -28,7 +27,6 @@ class Forward:
     parts: tuple[tuple[str, Rows], ...] = ()
     made_of: tuple[torch.Tensor, ...] = ()
     trace: TracePlan | None = None
-    sample: Sample | None = None
 
     def planned_from(self, made_of: tuple[torch.Tensor, ...], num_rows: int) -> bool:
         """Whether this is the plan of a decode over these very tensors."""

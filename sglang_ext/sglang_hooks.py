@@ -12,9 +12,10 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
+from sglang_ext.overlap import Key
 from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
 from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
-from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows
+from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
 from sglang_ext.stage import Stage
 
 SGLANG_SUPPORTED = "0.5.23"
@@ -194,11 +195,20 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
-        chosen = _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
-        if (sample := forward.sample) is not None:
-            given = (original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata)
-            stage.compare(forward, layer_id, chosen, lambda: native_prefill_rows(*given, sample))
-        return chosen
+        select = functools.partial(
+            _select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result
+        )
+        if (shadow := stage.shadow) is None:
+            return select()
+        given = (original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata)
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: plan_prefill(stage, shadow, metadata, q_fp8.device),
+            select=select,
+            native=lambda sample: native_prefill_rows(*given, sample),
+        )
 
     return hook
 
@@ -228,10 +238,17 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         )
         if not stage.takes(forward, layer_id):
             return native()
-        chosen = _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
-        if (sample := forward.sample) is not None:
-            stage.compare(forward, layer_id, chosen, lambda: native()[sample.rows])
-        return chosen
+        select = functools.partial(_select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
+        if (shadow := stage.shadow) is None:
+            return select()
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k()),
+            select=select,
+            native=lambda sample: native()[sample.rows],
+        )
 
     return hook
 
@@ -245,7 +262,8 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-        stage.poll_guard(agree_among_attention_ranks)
+        if stage.shadow is not None:
+            stage.shadow.poll_guard(agree_among_attention_ranks)
         if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:

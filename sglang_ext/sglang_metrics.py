@@ -18,8 +18,8 @@ def has_collector() -> bool:
         return False
 
 
-def after_collector_init(stage: Stage) -> Callable[..., None]:
-    """Hook that makes the metrics, with SGLang's labels and through the same library."""
+def after_collector_init(_stage: Stage) -> Callable[..., None]:
+    """Hook that makes the metrics, with SGLang's labels and library, and keeps them on its collector."""
 
     def hook(_result: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
         # Not before: SGLang sets PROMETHEUS_MULTIPROC_DIR, which the library reads as it is imported.
@@ -27,7 +27,7 @@ def after_collector_init(stage: Stage) -> Callable[..., None]:
 
         counter = getattr(collector, "_counter_cls", None) or prometheus_client.Counter
         gauge = getattr(collector, "_gauge_cls", None) or prometheus_client.Gauge
-        stage.metrics = Metrics(collector.labels, counter, gauge)
+        collector.sglang_ext_metrics = Metrics(collector.labels, counter, gauge)
 
     return hook
 
@@ -35,7 +35,8 @@ def after_collector_init(stage: Stage) -> Callable[..., None]:
 def after_log_stats(stage: Stage) -> Callable[..., None]:
     """Hook on SGLang's own interval: at the log of a prefill, every few decodes, and now and then where idle."""
 
-    def hook(_result: None, *_args: Any, **_kwargs: Any) -> None:
-        stage.update_metrics()
+    def hook(_result: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
+        metrics: Metrics = collector.sglang_ext_metrics
+        metrics.update(stage.settings, stage.counters, stage.shadow)
 
     return hook

@@ -1,4 +1,4 @@
-"""SGLang's own selection for the sampled rows of a forward, and the ranks that share one."""
+"""Shadow sampling's view of SGLang: the rows of a forward, its own selection for some of them, the ranks of a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,15 @@ import torch
 
 from sglang_ext.guard import agree_in
 from sglang_ext.overlap import Key
-from sglang_ext.shadow import Sample
+from sglang_ext.shadow import Sample, Shadow
+from sglang_ext.stage import Stage
+
+
+def plan_prefill(stage: Stage, shadow: Shadow, metadata: Any, device: torch.device) -> Sample | None:
+    """What to compare of a prefill, from SGLang's host values."""
+    seen = [int(length) for length in metadata.get_indexer_seq_len_cpu().tolist()]
+    extend = [int(rows) for rows in metadata.get_dsa_extend_len_cpu()]
+    return shadow.plan_prefill(seen, extend, stage.tail_starts(seen, extend), stage.settings_top_k(), device)
 
 
 def native_prefill_rows(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_ext.guard import Guard
+from sglang_ext.forwards import capturing
+from sglang_ext.guard import Agree, Guard
 from sglang_ext.overlap import Key, Overlaps, row_overlap
 from sglang_ext.sampling import Sampler, pick_rows
 from sglang_ext.settings import Settings
@@ -15,11 +16,12 @@ from sglang_ext.stage_times import Mark, StageTimes, Timed
 
 logger = logging.getLogger("sglang_ext")
 
+KEPT = "sglang_ext_sample"  # attribute of SGLang's per-forward metadata
+
 # What became of a forward that a mode ran in. One that was not chosen is not counted.
 SAMPLED = "sampled"
 SHORT = "short"  # no row sees more tokens than the model selects: nothing to measure, and not a candidate
 GRAPH = "cuda_graph"  # recorded once and replayed without Python: never a candidate
-UNKEPT = "unkept_plan"  # a decode that decides anew in every layer has no forward that could be sampled
 FAILED = "error"
 
 
@@ -54,6 +56,8 @@ class Shadow:
         self.forwards: Counter[tuple[str, str]] = Counter()
         self._rows = settings.shadow_rows
         self._samplers = {phase: Sampler(settings.shadow_rate) for phase in ("prefill", "decode")}
+        self._compared: set[Key] = set()
+        self._recorded: int | None = None
         self._failed = False
 
     @staticmethod
@@ -68,7 +72,7 @@ class Shadow:
         sampler = self._samplers["prefill"]
         picked = pick_rows(seen, extend, ends, top_k, self._rows, sampler.fraction())
         if picked is None:
-            self.skip("prefill", SHORT)
+            self.forwards[("prefill", SHORT)] += 1
             return None
         if not sampler.next() or not self._may("prefill"):
             return None
@@ -95,34 +99,60 @@ class Shadow:
         picked = lengths[rows]
         return Sample(rows=rows, lengths=picked, counts=picked > top_k)
 
-    def skip(self, phase: str, why: str) -> None:
-        """A forward that is not sampled, for a reason."""
-        self.forwards[(phase, why)] += 1
+    def watch(
+        self,
+        attention: object,
+        key: Key,
+        device: torch.device,
+        plan: Callable[[], Sample | None],
+        select: Callable[[], torch.Tensor],
+        native: Callable[[Sample], torch.Tensor],
+    ) -> torch.Tensor:
+        """select() of one layer that runs a mode, measured where its forward is sampled.
 
-    def compare(
-        self, sample: Sample, key: Key, ours: torch.Tensor, native: Callable[[], torch.Tensor], last: bool
-    ) -> None:
-        """One layer of a sampled forward: ours [>= M, K] is the forward's selection, native() [S, K] what SGLang's own
-        method selects for the sampled rows, in the same form. last: the forward's last layer, after which the totals
-        are sent to the host. Never raises.
+        attention: SGLang's per-forward metadata, on which the sample is kept: plan() makes it once for all layers. Its
+        attributes outlive the eager runs before a graph's capture, so a graph's forwards are told apart here.
+        native(sample) [S, K]: what SGLang's own method selects for the sample's rows, in the form of select().
         """
+        if capturing(device):
+            self._count_graph(key)
+            return select()
+        sample = getattr(attention, KEPT, attention)
+        if sample is attention:
+            sample = plan()
+            object.__setattr__(attention, KEPT, sample)
+        if not isinstance(sample, Sample):
+            return select()
+        start = Mark(device)
+        chosen = select()
+        self._time(key, "selection", start)
+        self.compare(sample, key, chosen, native)
+        return chosen
+
+    def compare(self, sample: Sample, key: Key, ours: torch.Tensor, native: Callable[[Sample], torch.Tensor]) -> None:
+        """One layer of a sampled forward; ours [>= M, K] is the forward's selection. Never raises."""
         if self._failed:
             return
         try:
             start = Mark(ours.device)
-            overlap = row_overlap(ours[sample.rows], native())
-            self.overlaps.add(key, overlap, sample.counts)
-            self.time(key, "shadow", start)
-            if last:
+            self.overlaps.add(key, row_overlap(ours[sample.rows], native(sample)), sample.counts)
+            self._time(key, "shadow", start)
+            self._compared.add(key)
+            if key.layer == self._last_layer(key.phase):
                 self.overlaps.send()
         except Exception:  # whatever it is, an answer must not depend on being watched
             self._failed = True
-            self.skip(key.phase, FAILED)
+            self.forwards[(key.phase, FAILED)] += 1
             logger.exception("shadow sampling ends after an error in layer %d of %s", key.layer, key.phase)
 
-    def time(self, key: Key, part: str, start: Mark) -> None:
-        """What was queued on the current stream since start."""
-        self.times.add(Timed(key.phase, key.mode, part), start, Mark(start.device))
+    def returned(self, phase: str, mode: str, layer: int) -> bool:
+        """Whether the guard has taken the layer back to native."""
+        return self.guard is not None and (phase, mode, layer) in self.guard.native
+
+    def poll_guard(self, agree: Agree) -> None:
+        """Called at every batch, whatever it runs: the ranks that share it agree on layers that return to native."""
+        if self.guard is not None:
+            self.guard.poll(self.overlaps.read, agree)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info. Waits for the device."""
@@ -146,3 +176,17 @@ class Shadow:
         self.overlaps.send()
         self.forwards[(phase, SAMPLED)] += 1
         return True
+
+    def _time(self, key: Key, part: str, start: Mark) -> None:
+        """What was queued on the current stream since start."""
+        self.times.add(Timed(key.phase, key.mode, part), start, Mark(start.device))
+
+    def _last_layer(self, phase: str) -> int:
+        """After which a forward's totals are whole, as far as earlier forwards tell."""
+        return max(key.layer for key in self._compared if key.phase == phase and not self.returned(*key))
+
+    def _count_graph(self, key: Key) -> None:
+        """One forward that a graph records; it begins with a layer that is not above the last: they ascend."""
+        if self._recorded is None or key.layer <= self._recorded:
+            self.forwards[(key.phase, GRAPH)] += 1
+        self._recorded = key.layer

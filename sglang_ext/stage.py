@@ -21,14 +21,10 @@ from sglang_ext.forwards import (
     plan_prefill,
     prompt_lengths,
 )
-from sglang_ext.guard import Agree
-from sglang_ext.metrics import Metrics
-from sglang_ext.overlap import Key
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
-from sglang_ext.shadow import GRAPH, UNKEPT, Shadow
-from sglang_ext.stage_times import Mark
+from sglang_ext.shadow import Shadow
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
@@ -50,7 +46,6 @@ class Stage:
         self.settings = settings
         self.counters = Counters()
         self.shadow = Shadow.of(settings)
-        self.metrics: Metrics | None = None
         self._environ = environ
         self._top_k_kernel = top_k_kernel
         self._models: set[Model] = set()
@@ -118,6 +113,11 @@ class Stage:
         """The requests of the batch whose forward comes next, for native_tail_rows and traces."""
         self._prompts = Prompts(tuple(seen), tuple(extend), whole)
 
+    def tail_starts(self, seen: Sequence[int], extend: Sequence[int]) -> Sequence[int]:
+        """Per request of a prefill the first position that native_tail_rows keeps native, or one that it never sees."""
+        tail, whole = self.settings.native_tail_rows, prompt_lengths(self._prompts, tuple(seen), extend)
+        return [length - tail for length in whole] if tail and whole else seen
+
     def prefill(
         self,
         attention: object,
@@ -145,10 +145,6 @@ class Stage:
         if forward.decision.mode != "native":
             whole = prompt_lengths(self._prompts, seen, extend)
             plan_prefill(forward, seen, extend, self.settings.native_tail_rows, whole, q.device)
-        if self.shadow is not None and forward.decision.mode != "native" and not capturing(q.device):
-            tail = self.settings.native_tail_rows
-            ends = [length - tail for length in whole] if tail and whole else seen
-            forward.sample = self.shadow.plan_prefill(seen, extend, ends, self.settings_top_k(), q.device)
         if self._traces is not None:
             fits = len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
             obstacle = "graph_capture" if capturing(q.device) else unsupported() if fits else "rows_mismatch"
@@ -179,13 +175,7 @@ class Stage:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view)
         forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
-        keeps = decision.mode == "native" or plan_decode_rows(forward, lengths, page_table)
-        if self.shadow is not None and decision.mode != "native" and not capturing(q.device):
-            if keeps:
-                forward.sample = self.shadow.plan_decode(num_rows, lengths, self.settings_top_k())
-            else:
-                self.shadow.skip("decode", UNKEPT)
-        if keeps:
+        if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
             keep_forward(attention, forward)
         return forward
 
@@ -196,7 +186,7 @@ class Stage:
             self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
-        elif mode != "native" and self._guarded(forward, layer_id):
+        elif self.shadow is not None and self.shadow.returned(forward.phase, mode, layer_id):
             mode, reason = "native", policy.GUARD
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
         return mode != "native"
@@ -232,13 +222,11 @@ class Stage:
         out: torch.Tensor,
     ) -> None:
         """Fill out with the selection of this layer's queries."""
-        start = Mark(q.device) if self._samples(forward, q.device) else None
-        if capturing(q.device):
-            if self.shadow is not None and layer_id == self._counting_layer():
-                self.shadow.skip(forward.phase, GRAPH)
-            self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
-        if q.device.type == "cuda" and layer_id == self._counting_layer():
-            self.counters.step_device(forward.phase, forward.decision.mode, q.device)
+        if q.device.type == "cuda":
+            if capturing(q.device):
+                self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
+            if layer_id == self._counting_layer():
+                self.counters.step_device(forward.phase, forward.decision.mode, q.device)
         params = self.settings.params(out.shape[1])
         for mode, rows in forward.parts:
             run(
@@ -254,28 +242,6 @@ class Stage:
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
             )
-        if start is not None and self.shadow is not None:
-            self.shadow.time(Key(forward.phase, forward.decision.mode, layer_id), "selection", start)
-
-    def compare(self, forward: Forward, layer_id: int, out: torch.Tensor, native: Callable[[], torch.Tensor]) -> None:
-        """Where the forward is sampled: out against native(), what SGLang's own method selects for the sample's rows in
-        out's form. Changes nothing.
-        """
-        if self.shadow is not None and forward.sample is not None and self._samples(forward, out.device):
-            key = Key(forward.phase, forward.decision.mode, layer_id)
-            kept = self._layers.difference(self.settings.native_layers)
-            last = max((layer for layer in kept if not self._guarded(forward, layer)), default=layer_id)
-            self.shadow.compare(forward.sample, key, out, native, layer_id == last)
-
-    def update_metrics(self) -> None:
-        """Bring SGLang's /metrics up to date, where they are on."""
-        if self.metrics is not None:
-            self.metrics.update(self.settings, self.counters, self.shadow)
-
-    def poll_guard(self, agree: Agree) -> None:
-        """Called at every batch, whatever it runs: the ranks that share it agree on layers that return to native."""
-        if self.shadow is not None and self.shadow.guard is not None:
-            self.shadow.guard.poll(self.shadow.overlaps.read, agree)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info."""
@@ -322,14 +288,6 @@ class Stage:
 
     def _reject(self, sentence: str) -> None:
         self._support.reject(self.settings, sentence)
-
-    def _samples(self, forward: Forward, device: torch.device) -> bool:
-        """A forward kept from the eager runs before a capture must not put its sample into the graph."""
-        return forward.sample is not None and not capturing(device)
-
-    def _guarded(self, forward: Forward, layer_id: int) -> bool:
-        guard = self.shadow.guard if self.shadow is not None else None
-        return guard is not None and (forward.phase, forward.decision.mode, layer_id) in guard.native
 
     def _counting_layer(self) -> int:
         """The layer whose runs are counted on the device: the first that may run a mode."""

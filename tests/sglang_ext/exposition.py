@@ -37,8 +37,8 @@ def count(stage: Stage, layer: int) -> None:
     key = Key("prefill", "misa", layer)
     stage.shadow.overlaps.add(key, torch.tensor([0.6, 1.0], dtype=torch.float64))
     stage.shadow.overlaps.send()
-    stage.shadow.time(key, "selection", Mark(cpu))
-    stage.shadow.time(key, "shadow", Mark(cpu))
+    stage.shadow._time(key, "selection", Mark(cpu))
+    stage.shadow._time(key, "shadow", Mark(cpu))
 
 
 def main() -> None:

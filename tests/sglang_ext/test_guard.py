@@ -110,7 +110,7 @@ def test_a_layer_that_has_fallen_runs_native(batch):
     stage.shadow.overlaps.add(KEY, torch.full((100,), 0.5, dtype=torch.float64))
     stage.shadow.overlaps.send()
     for _ in range(POLL_EVERY):
-        stage.poll_guard(lambda fallen: fallen)
+        stage.shadow.poll_guard(lambda fallen: fallen)
     forward = prefill(stage, batch)
     assert not stage.takes(forward, 3) and stage.takes(forward, 4)
     assert calls(stage) == {("prefill", "misa", "configured"): (3, 39), ("prefill", "native", "guard"): (1, 13)}
@@ -124,14 +124,15 @@ def test_it_is_no_failure_under_strict(batch):
     assert not stage.takes(prefill(stage, batch), 3)
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(shadow_rate=0.5)])
-def test_without_a_threshold_there_is_no_guard(settings):
+def test_without_a_threshold_there_is_no_guard():
     def agree(fallen: list[Key]) -> list[Key]:
         raise AssertionError("no message between ranks without a guard")
 
-    stage = Stage(settings, {})
+    assert Stage(Settings(), {}).shadow is None
+    shadow = Stage(Settings(shadow_rate=0.5), {}).shadow
     for _ in range(2 * POLL_EVERY):
-        stage.poll_guard(agree)
+        shadow.poll_guard(agree)
+    assert shadow.status()["guard"] is None
 
 
 RANK = """

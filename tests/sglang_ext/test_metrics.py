@@ -92,7 +92,7 @@ def test_the_histogram_is_cumulative(exposed):
 # In this process
 
 
-def local(stage: Stage) -> tuple[Metrics, Any]:
+def local() -> tuple[Metrics, Any]:
     """Metrics in a registry of their own, and a reader of one series."""
     registry = prometheus_client.CollectorRegistry()
     make = [functools.partial(kind, registry=registry) for kind in (prometheus_client.Counter, prometheus_client.Gauge)]
@@ -106,10 +106,10 @@ def local(stage: Stage) -> tuple[Metrics, Any]:
 
 def test_a_mode_that_is_no_longer_configured():
     stage = Stage(Settings(mode="misa", runtime_switch=True), {})
-    stage.metrics, read = local(stage)
-    stage.update_metrics()
+    metrics, read = local()
+    metrics.update(stage.settings, stage.counters, stage.shadow)
     stage.switch_prefill(0)
-    stage.update_metrics()
+    metrics.update(stage.settings, stage.counters, stage.shadow)
     modes = [read("configured_mode", phase="prefill", mode=mode) for mode in ("misa", "native")]
     assert modes == [0, 1] and read("configured_mode", phase="decode", mode="misa") == 1
 
@@ -136,17 +136,11 @@ def test_an_update_waits_for_no_device(monkeypatch):
             return _real(tensor, *given, **named)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
-    stage.metrics, read = local(stage)
-    stage.update_metrics()
+    metrics, read = local()
+    metrics.update(stage.settings, stage.counters, stage.shadow)
     assert read("device_runs_total", phase="prefill", mode="misa") == 1
     with pytest.raises(AssertionError, match="read from the device"):
         stage.status()
-
-
-def test_without_sglangs_metrics_there_are_none():
-    stage = Stage(Settings(), {})
-    stage.update_metrics()
-    assert stage.metrics is None
 
 
 # Who asks for them

@@ -155,6 +155,22 @@ def test_all_layers_compare_the_same_rows(stage, batch, asked):
     assert asked == [8] * 3 and outcomes(stage) == {"prefill/sampled": 1}
 
 
+def test_totals_are_sent_after_the_last_layer(stage, batch, monkeypatch):
+    """And before the next sampled forward adds to them. Which layer is the last, the first forward tells."""
+    sent: list[dict[int, int]] = []
+    overlaps = stage.shadow.overlaps
+
+    def send() -> None:
+        sent.append({key.layer: total.rows // 8 for key, total in overlaps.read(wait=True).items()})
+
+    monkeypatch.setattr(overlaps, "send", send)
+    for _ in range(2):
+        found = cpu.metadata(batch, COUNTS)
+        for layer in (1, 4, 5):
+            cpu.prefill(batch, found, COUNTS, layer=layer)
+    assert sent[-2:] == [{1: 1, 4: 1, 5: 1}, {1: 2, 4: 2, 5: 2}]
+
+
 def test_layers_that_are_native_are_not_measured(stage, batch, asked):
     sut.use(stage, shadow_rate=1.0, native_layers=(2,))
     found = cpu.metadata(batch, COUNTS)
@@ -210,11 +226,11 @@ def test_answers_are_those_without_sampling(stage, batch, form, asked):
 
 def test_off_means_off(stage, batch, asked, monkeypatch):
     sut.use(stage)
-    monkeypatch.setattr("sglang_ext.stage.Mark", None)
+    monkeypatch.setattr("sglang_ext.shadow.Mark", None)
     found = cpu.metadata(batch, COUNTS)
     cpu.prefill(batch, found, COUNTS)
     assert stage.shadow is None and asked == [] and "shadow" not in stage.status()
-    assert found.attn_metadata.sglang_ext_forward.sample is None
+    assert not hasattr(found.attn_metadata, "sglang_ext_sample")
 
 
 def test_native_forwards_are_not_sampled(stage, batch, asked):
@@ -226,10 +242,8 @@ def test_native_forwards_are_not_sampled(stage, batch, asked):
 def test_the_share_of_forwards(stage, asked):
     sut.use(stage, shadow_rate=0.05, shadow_rows=2)
     some = make_batch([70], [2], num_heads=cpu.HEADS, seed=13)
-    found = cpu.metadata(some, [2])
     for _ in range(1024):
-        object.__setattr__(found.attn_metadata, "sglang_ext_forward", None)
-        cpu.prefill(some, found, [2])
+        cpu.prefill(some, cpu.metadata(some, [2]), [2])
     assert len(asked) == 51 == int(0.05 * 1024) and outcomes(stage) == {"prefill/sampled": 51}
 
 

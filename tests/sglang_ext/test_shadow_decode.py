@@ -18,6 +18,7 @@ from sglang_ext import sglang_hooks
 from sglang_ext.guard import POLL_EVERY
 from sglang_ext.overlap import Key
 from sglang_ext.settings import Settings
+from sglang_ext.shadow import Sample
 from sglang_ext.stage import Model, Stage
 from tests.sglang_ext import patched_indexer as sut
 from tests.sglang_ext.patched_indexer import LAYER, TOP_K
@@ -112,25 +113,23 @@ def test_lengths_are_never_read_back(stage):
 
 
 def test_a_graph_is_not_touched(stage, native, batch, monkeypatch):
-    """The plan of the eager runs before a capture is kept for it, and its sample must stay out of the graph."""
+    """The metadata of the eager runs before a capture is the graph's too, and its sample must stay out of the graph."""
     metadata = found(batch)
     sut.paged(batch, metadata, pad=PAD)
-    assert len(native.calls) == 1 and metadata.attn_metadata.sglang_ext_forward.sample is not None
-    for where in ("stage", "forwards"):
+    assert len(native.calls) == 1 and isinstance(metadata.attn_metadata.sglang_ext_sample, Sample)
+    for where in ("shadow", "stage", "forwards"):
         monkeypatch.setattr(f"sglang_ext.{where}.capturing", lambda device: True)
-    monkeypatch.setattr("sglang_ext.stage.Mark", None)  # an event of a capture has no time
-    stage._layers.add(LAYER)
+    monkeypatch.setattr("sglang_ext.shadow.Mark", None)  # an event of a capture has no time
     sut.paged(batch, metadata, pad=PAD)
-    sut.paged(batch, found(batch), pad=PAD)  # a plan made inside
+    sut.paged(batch, found(batch), pad=PAD)  # a batch size whose capture comes first
     assert len(native.calls) == 1
     assert stage.status()["shadow"]["forwards"] == {"decode/cuda_graph": 2, "decode/sampled": 1}
 
 
-def test_a_plan_that_is_not_kept_cannot_be_sampled(stage, native, batch):
-    """Each layer makes its own, so no forward could be chosen as a whole."""
-    spread = torch.tensor([length for length in LENGTHS for _ in range(2)], dtype=torch.int32)[::2]
-    sut.paged(batch, sut.metadata(batch, [1] * len(LENGTHS), cache_seqlens_int32=spread), pad=PAD)
-    assert native.calls == [] and stage.status()["shadow"]["forwards"] == {"decode/unkept_plan": 1}
+def test_graphs_are_counted_by_forward(stage):
+    for layer in (0, 1, 60, 0, 1, 60, 1, 60, 3):
+        stage.shadow._count_graph(Key("decode", "hisa", layer))
+    assert stage.status()["shadow"]["forwards"] == {"decode/cuda_graph": 4}
 
 
 # The guard, from a batch to the next

@@ -119,7 +119,7 @@ def test_nothing_waits(batch, form, request):
         request.getfixturevalue("errors_where_it_waits")
         for _ in range(5):
             sample = planned(shadow)
-            shadow.compare(sample, KEY, ours, lambda sample=sample: native_rows(batch, found, sample), last=True)
+            shadow.compare(sample, KEY, ours, lambda sample: native_rows(batch, found, sample))
             shadow.overlaps.read()
             shadow.times.read()
     assert dict(shadow.forwards) == {("prefill", "sampled"): 6}
@@ -141,7 +141,7 @@ def test_decode_reads_no_lengths(request):
     sample = shadow.plan_decode(4, lengths, TOP_K)
     assert sample is not None
     key = Key("decode", "hisa", 0)
-    shadow.compare(sample, key, ours, lambda: ours[sample.rows].flip(1), last=True)
+    shadow.compare(sample, key, ours, lambda sample: ours[sample.rows].flip(1))
     torch.cuda.set_sync_debug_mode("default")
     assert dict(shadow.forwards) == {("decode", "sampled"): 1}
     assert shadow.overlaps.read(wait=True) == {}, "rows 0 and 2 see no more than is selected"
