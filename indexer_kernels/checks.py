@@ -17,7 +17,12 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_tensor(
-    name: str, tensor: object, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device | None = None
+    name: str,
+    tensor: object,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    device: torch.device | None = None,
+    like: str = "q",
 ) -> None:
     """TypeError or ValueError unless tensor has this dtype, shape (None: any size) and device (None: any)."""
     if not isinstance(tensor, torch.Tensor):
@@ -28,13 +33,18 @@ def check_tensor(
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}, must be [{wanted}]")
     if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, must be on {device} like q")
+        raise ValueError(f"{name} is on {tensor.device}, must be on {device} like {like}")
+
+
+def check_backend(backend: object) -> None:
+    """One of BACKENDS."""
+    check_choice("backend", backend, BACKENDS)
 
 
 def check_call(mode: object, backend: object, params: object) -> None:
-    """The arguments that all public functions share."""
+    """The arguments that all selecting functions share."""
     check_choice("mode", mode, MODES)
-    check_choice("backend", backend, BACKENDS)
+    check_backend(backend)
     if not isinstance(params, IndexerParams):
         raise TypeError(f"params must be IndexerParams, got {type(params).__name__}")
 
@@ -51,10 +61,23 @@ def check_queries(q: torch.Tensor, weights: torch.Tensor, num_rows: int | None =
 
 def check_pages(k_pages: torch.Tensor, page_table: torch.Tensor, num_requests: int | None, q: torch.Tensor) -> None:
     """k_pages [P, 8448] uint8 (contiguous) and page_table [R, W] int32."""
-    check_tensor("k_pages", k_pages, torch.uint8, (None, PAGE_BYTES), q.device)
+    check_key_pages(k_pages, q.device)
+    check_tensor("page_table", page_table, torch.int32, (num_requests, None), q.device)
+
+
+def check_key_pages(k_pages: torch.Tensor, device: torch.device | None) -> None:
+    """k_pages [P, 8448] uint8, contiguous."""
+    check_tensor("k_pages", k_pages, torch.uint8, (None, PAGE_BYTES), device)
     if not k_pages.is_contiguous():
         raise ValueError(f"k_pages must be contiguous, got strides {k_pages.stride()}")
-    check_tensor("page_table", page_table, torch.int32, (num_requests, None), q.device)
+
+
+def check_means(name: str, means: object, k_pages: torch.Tensor) -> None:
+    """means [P, 128] bfloat16, contiguous, of the P pages of k_pages."""
+    check_tensor(name, means, torch.bfloat16, (k_pages.shape[0], HEAD_DIM), k_pages.device, like="k_pages")
+    assert isinstance(means, torch.Tensor)
+    if not means.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {means.stride()}")
 
 
 def check_reach(name: str, lengths: torch.Tensor, page_table: torch.Tensor) -> None:
@@ -77,8 +100,15 @@ def check_plan(plan: RowPlan, k_pages: torch.Tensor, page_table: torch.Tensor) -
             f"plan.row_request spans {int(requests.min())} .. {int(requests.max())}, page_table has "
             f"{page_table.shape[0]} rows"
         )
+    check_page_ids(k_pages, page_table, plan.request_lengths)
+
+
+def check_page_ids(k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor) -> None:
+    """On the CPU, the pages that lengths [R] need exist."""
+    if page_table.device.type != "cpu":
+        return
     column = torch.arange(page_table.shape[1]) * PAGE_TOKENS
-    needed = page_table[column < plan.request_lengths[:, None]]
+    needed = page_table[column < lengths[:, None]]
     bad = needed[(needed < 0) | (needed >= k_pages.shape[0])]
     if len(bad):
         raise ValueError(f"page_table has page id {int(bad[0])}, must be in 0 .. {k_pages.shape[0] - 1} (k_pages)")

@@ -3,13 +3,13 @@ layers.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
-from indexer_kernels.row_groups import RowGroups, group_rows
+from indexer_kernels.row_groups import RowGroups, first_seen, group_rows
 
 Derived = TypeVar("Derived")
 TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
@@ -30,6 +30,7 @@ class RowPlan:
     row_place [M] int32     where a row sits in tile order: tile * TILE_ROWS + position
     host_rows               (request, length) of each row as int64 [M] on the CPU; None where only the device knows the
     lengths, which are then those of one row per request
+    one_forward             whether the plan lives for one forward alone (`for_one_forward`)
     """
 
     row_request: torch.Tensor
@@ -41,6 +42,7 @@ class RowPlan:
     tile_length: torch.Tensor
     row_place: torch.Tensor
     host_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    one_forward: bool = False
     _groups: dict[int, RowGroups] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -55,13 +57,24 @@ class RowPlan:
     def kept(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
         """What make() derives from the plan alone, made once for all layers; `key` names it.
 
-        Of a plan made from device lengths it is made at every call: they may be written anew under the plan.
+        Of a plan made from device lengths it is made at every call: they may be written anew under the plan. Unless the
+        plan lives for one forward.
         """
-        if self.host_rows is None:
+        if self.host_rows is None and not self.one_forward:
             return make()
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    def for_one_forward(self) -> "RowPlan":
+        """The same plan for the layers of one forward: what they derive from the lengths is made by the first of them.
+
+        Call it once per forward, before its first layer, and give its result to every layer's `select_rows`. Inside
+        CUDA graph capture call it inside the capture, and drop it at the capture's end: what the first layer makes is
+        captured, so every replay makes it anew from the lengths of that replay. Lengths that change while the result is
+        in use are not seen.
+        """
+        return replace(self, one_forward=True)
 
     def groups(self, group: int) -> RowGroups:
         """The rows by groups that share one scan, on the plan's device. Made and uploaded once, for all layers.
@@ -72,10 +85,27 @@ class RowPlan:
             if self.host_rows is None:
                 places = torch.arange(self.num_rows, dtype=torch.int32, device=self.row_lengths.device)
                 return RowGroups(places[:, None], places)
-            rows, row_place = group_rows(*self.host_rows, group)
+            rows, row_place = self._host_groups(*self.host_rows, group)
             flat, row_place = _upload_together([rows.flatten(), row_place], self.row_lengths.device)
             self._groups[group] = RowGroups(flat.view(-1, group), row_place)
         return self._groups[group]
+
+    def scans(self, group: int) -> "RowPlan":
+        """The scans that the groups of `groups` share, as rows: row g sees what group g's first position sees, whether
+        that row is in the call or not (0: a group of rows without tokens). Made once, for all layers.
+        """
+        return self.kept(("scans", group), lambda: self._plan_scans(group))
+
+    def _host_groups(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> RowGroups:
+        return self.kept(("host groups", group), lambda: group_rows(request, lengths, group))
+
+    def _plan_scans(self, group: int) -> "RowPlan":
+        if self.host_rows is None:
+            return plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+        request, lengths = self.host_rows
+        first = self._host_groups(request, lengths, group).rows[:, 0].long()
+        seen = first_seen(lengths[first], group)
+        return plan_rows(request[first], seen, self.request_lengths.shape[0], self.row_lengths.device)
 
 
 def plan_rows(

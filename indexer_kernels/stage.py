@@ -9,15 +9,19 @@ from indexer_kernels.checks import (
     OUTPUTS,
     check_call,
     check_choice,
+    check_means,
     check_pages,
     check_plan,
     check_queries,
     check_tensor,
 )
+from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference import batches
 from indexer_kernels.row_plan import RowPlan
 from indexer_kernels.top_k import TopK
+
+MEANS_MODES = ("hisa", "misa_rerank")  # that read stored page means
 
 
 def select_rows(
@@ -32,14 +36,19 @@ def select_rows(
     output: str = "position",
     top_k_kernel: TopK | None = None,
     out: torch.Tensor | None = None,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The selection of `select_ragged` for the rows of a plan: int32 [M, top_k], -1 padded.
 
     q [>= M, H, 128] float8_e4m3fn and weights [>= M, H] float32 (rows past the plan's are padding and ignored), k_pages
     [P, 8448] uint8, page_table [R, W] int32 with R the plan's requests, output "position" (in the request) or "slot"
     (page id * 64 + position % 64). The first M rows of out [>= M, top_k] int32 are filled in place, and out is
-    returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step. Errors as in
-    `select_ragged`.
+    returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step.
+
+    page_means [P, 128] bfloat16 holds the mean of every full page that some row sees (`indexer_kernels.page_means`).
+    hisa reads them in place of keys, with the same selection. misa_rerank, which takes them for decode alone (a plan
+    made by `plan_decode`), then keeps no tokens or pages but the top_blocks best blocks of block_size, scored by their
+    means with the routed heads: hisa whose block score sums over those heads. Errors as in `select_ragged`.
     """
     check_call(mode, backend, params)
     check_choice("output", output, OUTPUTS)
@@ -55,8 +64,21 @@ def select_rows(
     check_tensor("out", out, torch.int32, (None, params.top_k), q.device)
     if out.shape[0] < plan.num_rows:
         raise ValueError(f"out has {out.shape[0]} rows, must have at least the plan's {plan.num_rows}")
-    if use_gpu(mode, q, params, backend):
+    if page_means is not None:
+        check_choice("mode (page_means given)", mode, MEANS_MODES)
+        if mode == "misa_rerank" and plan.host_rows is not None:
+            raise ValueError("page_means with mode='misa_rerank' must come with a plan made by plan_decode")
+        for name in ("block_size",) if mode == "hisa" else ("block_size", "route_block"):
+            if getattr(params, name) % PAGE_TOKENS:
+                raise ValueError(f"{name}={getattr(params, name)} must be a multiple of {PAGE_TOKENS} with page_means")
+        check_means("page_means", page_means, k_pages)
+    on_gpu = use_gpu(mode, q, params, backend)
+    if page_means is not None and on_gpu:
+        on_gpu = use_gpu("hisa", q, params, backend)  # blocks are chosen as hisa chooses them
+    if on_gpu:
         from indexer_kernels.gpu import pipeline
 
-        return pipeline.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, top_k_kernel, out)
-    return batches.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, out)
+        return pipeline.select_rows(
+            mode, q, weights, k_pages, page_table, plan, params, output, top_k_kernel, out, page_means
+        )
+    return batches.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, out, page_means)

@@ -1,6 +1,6 @@
 """The last step of every mode: the K best columns of each row, written as positions or as cache slots."""
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +25,25 @@ class TopK(Protocol):
         page_table: torch.Tensor | None,
         out: torch.Tensor,
         page_tokens: int = PAGE_TOKENS,
+    ) -> None: ...
+
+
+@runtime_checkable
+class PlannedTopK(Protocol):
+    """A `TopK` that prepares itself from the lengths alone: plan(lengths) once per forward, handed to every call over
+    the same lengths. Called without a plan, it makes one.
+    """
+
+    def plan(self, lengths: torch.Tensor) -> Any: ...
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        page_table: torch.Tensor | None,
+        out: torch.Tensor,
+        page_tokens: int = PAGE_TOKENS,
+        plan: Any = None,
     ) -> None: ...
 
 

@@ -2,6 +2,7 @@
 
     python scripts/bench_stage.py --json stage.json
     python scripts/bench_stage.py --rows 2048 --keys 32768 131072 --heads 64 --modes hisa misa_rerank
+    python scripts/bench_stage.py --phase decode --help
 
 native is DeepGEMM's fp8_mqa_logits followed by SGLang's ragged top-k (without the key gather SGLang also runs); a
 mode is everything from q, gates and index pages to cache slots. misa_rerank keeps single tokens as candidates,
@@ -24,6 +25,7 @@ import deep_gemm
 import torch
 from sglang.kernels.ops.attention.dsv4.topk import topk_transform_ragged_v2
 
+import bench_decode
 from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.row_plan import RowPlan, plan_extend
@@ -191,6 +193,11 @@ def write(path: str, checks: list[dict], results: list[dict]) -> None:
 
 
 def main() -> int:
+    phase = argparse.ArgumentParser(add_help=False)
+    phase.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
+    chosen, others = phase.parse_known_args()
+    if chosen.phase == "decode":
+        return bench_decode.main(others)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--heads", type=int, nargs="+", default=[64, 32], help="indexer heads: 64 DeepSeek-V3.2, 32 GLM-5"
@@ -200,6 +207,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", help="write the raw results here")
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="default prefill; decode has options of its own")
     args = parser.parse_args()
     results, checks = [], []
     for heads in args.heads:

@@ -18,7 +18,7 @@ KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
 @dataclass(slots=True)
 class Forward:
     """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
-    from; trace: what is kept of it, if anything.
+    from; trace: what is kept of it, if anything; layer: which asked last.
     """
 
     phase: str
@@ -27,11 +27,21 @@ class Forward:
     parts: tuple[tuple[str, Rows], ...] = ()
     made_of: tuple[torch.Tensor, ...] = ()
     trace: TracePlan | None = None
+    layer: int = -1
 
     def planned_from(self, made_of: tuple[torch.Tensor, ...], num_rows: int) -> bool:
         """Whether this is the plan of a decode over these very tensors."""
         same = len(self.made_of) == len(made_of) and all(a is b for a, b in zip(self.made_of, made_of))
         return same and self.num_rows == num_rows
+
+    def enter(self, layer_id: int) -> None:
+        """A decode's layer begins. Layers come in ascending order, so one that is not above the last is the first of
+        another forward over the same metadata, as in the runs before a graph's capture and in the capture itself: what
+        layers derive from the lengths is then made anew, and recorded.
+        """
+        if layer_id <= self.layer:
+            self.parts = tuple((mode, rows.for_one_forward()) for mode, rows in self.parts)
+        self.layer = layer_id
 
 
 class Prompts(NamedTuple):
@@ -89,7 +99,7 @@ def plan_decode_rows(forward: Forward, lengths: torch.Tensor, page_table: torch.
     A plan made inside a capture would live in that graph's memory, and is not kept.
     """
     plan = plan_decode(lengths, page_table.shape[1])
-    forward.parts = ((forward.decision.mode, Rows(plan)),)
+    forward.parts = ((forward.decision.mode, Rows(plan).for_one_forward()),)
     return plan.row_lengths is lengths and not capturing(lengths.device)
 
 

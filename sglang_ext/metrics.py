@@ -19,6 +19,8 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "rows_total": (REASON, "Query rows of the layer calls."),
     "fallbacks_total": (("phase", "reason"), "Layer calls of a requested mode that SGLang's own indexer served."),
     "device_runs_total": (("phase", "mode"), "Forwards that ran a mode, counted by the GPU, graph replays included."),
+    "integrity_pages_total": ((), "Pages whose stored block statistics were compared with the keys (check_integrity)."),
+    "integrity_mismatches_total": ((), "Pages of them that did not agree."),
     "shadow_forwards_total": (("phase", "outcome"), "Forwards that shadow sampling took, or why it could not."),
     "shadow_rows_total": (LAYER, "Rows that native selected too."),
     "shadow_overlap_total": (LAYER, "Sum of the rows' overlaps, |mode and native| / |native|; over rows: the mean."),
@@ -99,6 +101,8 @@ def counted(counters: Counters, shadow: Shadow | None) -> Iterator[Reading]:
         yield Reading("fallbacks_total", key, calls)
     for name, runs in snapshot["device_runs"].items():
         yield Reading("device_runs_total", tuple(name.split("/")), runs)
+    yield Reading("integrity_pages_total", (), snapshot["integrity_checked"])
+    yield Reading("integrity_mismatches_total", (), snapshot["integrity_mismatches"])
     if shadow is not None:
         yield from _shadowed(shadow)
 

@@ -38,7 +38,10 @@ class Settings:
 
     mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
-    decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
+    decode_mode: str | None = _setting(
+        None,
+        "mode of decode, where it differs; hisa and misa_rerank keep block statistics: 4 bytes per token and layer",
+    )
     strict: bool = _setting(False, "end the server where SGLang's own indexer would run in place of a requested mode")
     active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
     route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
@@ -67,6 +70,9 @@ class Settings:
         0.0, "a layer whose mean overlap with native stays under it returns to native; 0: never", WATCHING
     )
     guard_min_samples: int = _setting(1024, "rows that must be compared before a layer is judged", WATCHING)
+    check_integrity: bool = _setting(
+        False, "compare stored block statistics with the keys in every forward; slow, for tests"
+    )
     trace_dir: str | None = _setting(None, "folder for traces of what the indexers see; slow, for diagnosis")
     trace_rows: int = _setting(16, "query rows of a trace: half the prompt's last, half spread over its last chunk")
 

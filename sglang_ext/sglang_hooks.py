@@ -6,17 +6,20 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
 from sglang_ext.overlap import Key
+from sglang_ext.sglang_hook import Hook
 from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
 from sglang_ext.sglang_objects import current_pool, indexer_device, layer_tensors, output_form, unsupported_reason
 from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
+from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
 from sglang_ext.stage import Stage
+from sglang_ext.statistics import PoolStatistics, beside
 
 SGLANG_SUPPORTED = "0.5.23"
 SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
@@ -28,19 +31,6 @@ KPOOL_INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool"
 STATE_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 RUNTIME_SWITCH_KEY = "sglang_ext_prefill_mode"
-
-
-class Hook(NamedTuple):
-    """One method of SGLang that the plugin wraps.
-
-    parameters: its parameters in order; where it is wrapped AROUND, all of them, else those it must begin with.
-    """
-
-    target: str
-    kind: HookType
-    parameters: tuple[str, ...]
-    why: str
-    make: Callable[[Stage], Callable[..., Any]]
 
 
 def hooks() -> tuple[Hook, ...]:
@@ -81,6 +71,7 @@ def hooks() -> tuple[Hook, ...]:
             "show version, settings and counters at /server_info",
             _after_get_internal_state,
         ),
+        *statistics_hooks(),
     )
 
 
@@ -136,17 +127,30 @@ def unapplied(stage: Stage) -> list[str]:
     ]
 
 
-def sglang_top_k(
-    scores: torch.Tensor,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor | None,
-    out: torch.Tensor,
-    page_tokens: int = 64,
-) -> None:
-    """`indexer_kernels.top_k.TopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
+class _SglangTopK:
+    """`indexer_kernels.top_k.PlannedTopK` by SGLang's own kernel: float32 scores, at most 2048 columns of out."""
 
-    topk_transform_paged_v2(scores, lengths, page_table, out, page_tokens, plan_topk_v2(lengths))
+    def plan(self, lengths: torch.Tensor) -> torch.Tensor:
+        from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2
+
+        return plan_topk_v2(lengths)
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        page_table: torch.Tensor | None,
+        out: torch.Tensor,
+        page_tokens: int = 64,
+        plan: torch.Tensor | None = None,
+    ) -> None:
+        from sglang.kernels.ops.attention.dsv4.topk import topk_transform_paged_v2
+
+        plan = self.plan(lengths) if plan is None else plan
+        topk_transform_paged_v2(scores, lengths, page_table, out, page_tokens, plan)
+
+
+sglang_top_k = _SglangTopK()
 
 
 def _after_indexer_init(stage: Stage) -> Callable[..., None]:
@@ -183,6 +187,7 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
         )
         pool = current_pool()
         attention = metadata.attn_metadata
+        refresh_extend(stage, pool, layer_id, metadata)
         forward = stage.prefill(
             attention,
             extend_lengths=metadata.get_dsa_extend_len_cpu(),
@@ -228,17 +233,29 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         attention = metadata.attn_metadata
         mode = forward_batch.forward_mode
         expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
+        lengths = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
+        kept = statistics_of(pool)
+        refresh = functools.partial(refresh_step, stage, pool, layer_id, metadata, lengths)
         forward = stage.decode(
             attention,
-            lengths=metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32(),
+            lengths=lengths,
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
-            unsupported=lambda: unsupported_reason(indexer, attention, pool),
+            layer_id=layer_id,
+            unsupported=lambda: unsupported_reason(indexer, attention, pool) or stage.statistics_obstacle(kept),
         )
-        if not stage.takes(forward, layer_id):
-            return native()
-        select = functools.partial(_select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
+        takes = stage.takes(forward, layer_id)
+        statistics = kept if isinstance(kept, PoolStatistics) else None
+        if not takes:  # a later forward may read the statistics
+            return native() if statistics is None else beside(q_fp8.device, refresh, native)
+        means = None
+        if statistics is not None:
+            refresh()
+            means = statistics.of_layer(layer_id)
+        select = functools.partial(
+            _select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, page_means=means
+        )
         if (shadow := stage.shadow) is None:
             return select()
         return shadow.watch(
@@ -319,12 +336,13 @@ def _select(
     metadata: Any,
     pool: Any,
     out: torch.Tensor | None = None,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A layer's selection in the form SGLang's metadata asks for; rows that only pad the batch are -1."""
     if out is None:
         out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
     form = output_form(metadata, forward.phase)
-    stage.run(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out)
+    stage.run(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out, page_means)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 
 from indexer_kernels.params import MODES
 from indexer_kernels.top_k import TopK
-from sglang_ext import __version__, policy
+from sglang_ext import __version__, policy, statistics
 from sglang_ext.counters import Counters
 from sglang_ext.forwards import (
     Forward,
@@ -25,6 +25,7 @@ from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
 from sglang_ext.shadow import Shadow
+from sglang_ext.statistics import PoolStatistics, Statistics
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
@@ -53,6 +54,8 @@ class Stage:
         self._prompts: Prompts | None = None
         self._traces: TraceWriter | None = None
         self._support = Support()
+        self.statistics = Statistics()
+        self._no_statistics: str | None = None  # why there can be none, or none any more
 
     def start(
         self,
@@ -85,20 +88,21 @@ class Stage:
         if self.shadow is not None:
             self.shadow.overlaps.prepare(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
-        modes = []
+        modes: list[str] = []
         for phase in ("prefill", "decode"):
             if not policy.asks(phase, self.settings):
                 continue
-            mode = policy.mode_to_try(phase, self.settings)
-            refusal = self._refusal(mode, q, top_k)
+            refusal = self._support.phase_refusal(self.settings, phase, q, top_k)
             if refusal is not None:
                 self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
-            elif mode not in modes:
-                modes.append(mode)
+            else:
+                modes += [mode for mode in policy.kernel_modes(phase, self.settings) if mode not in modes]
         if self.settings.runtime_switch:  # any of them may be asked for later
             modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
         if self.settings.backend != "reference":
             self._support.compile(self.settings, modes, num_heads, top_k)
+        if policy.needs_statistics(self.settings) and self._support.phase_refusal(self.settings, "decode", q, top_k):
+            self._no_statistics = "no_kernel"
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -159,6 +163,7 @@ class Stage:
         page_table: torch.Tensor,
         num_rows: int,
         q: torch.Tensor,
+        layer_id: int,
         unsupported: Callable[[], str | None],
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
@@ -167,6 +172,7 @@ class Stage:
         """
         kept = kept_forward(attention)
         if kept is not None and kept.planned_from((lengths, page_table), num_rows):
+            kept.enter(layer_id)
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", self.settings):
@@ -174,7 +180,7 @@ class Stage:
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view)
-        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
+        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table), layer=layer_id)
         if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
             keep_forward(attention, forward)
         return forward
@@ -220,8 +226,9 @@ class Stage:
         page_table: torch.Tensor,
         form: OutputForm,
         out: torch.Tensor,
+        page_means: torch.Tensor | None = None,
     ) -> None:
-        """Fill out with the selection of this layer's queries."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -241,7 +248,61 @@ class Stage:
                 self.settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
+                page_means if mode in policy.STATISTICS_MODES else None,
             )
+
+    def wants_statistics(self) -> bool:
+        """Whether decode may read stored block statistics: asked once the model is built, where pools are sized."""
+        return policy.needs_statistics(self.settings) and self._no_statistics is None
+
+    def allocate_statistics(self, cache: object, keys: Sequence[torch.Tensor], start_layer: int) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them."""
+        for buffer in keys[:1]:
+            self.counters.prepare_integrity(buffer.device)
+        return self.statistics.allocate(cache, keys, start_layer)
+
+    def refuse_statistics(self, reason: str) -> None:
+        """A pool has no block statistics: said at once, and the end of the server under strict."""
+        self._reject(f"decode mode {self.settings.phase_mode('decode')!r}: {policy.UNSUPPORTED[reason]} ({reason})")
+
+    def statistics_obstacle(self, kept: PoolStatistics | str | None) -> str | None:
+        """The policy's reason why decode cannot read these statistics, if its mode reads any."""
+        if not policy.needs_statistics(self.settings):
+            return None
+        if self._no_statistics is not None:
+            return self._no_statistics
+        if self.settings.block_size % 64 or self.settings.route_block % 64:
+            return "block_size"
+        return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
+
+    def fill_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        trusted: torch.Tensor | None = None,
+    ) -> None:
+        """`statistics.fill` of a layer, after its keys are stored."""
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.fill(kept.of_layer(layer_id), k_pages, page_table, lengths, checks, trusted)
+
+    def step_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        row_lengths: torch.Tensor,
+    ) -> None:
+        """`statistics.step` of a layer. Rows that have no page table end the use of statistics: they would go stale."""
+        if row_lengths.shape[0] != page_table.shape[0]:
+            self._no_statistics = "statistics_lost"
+            self.refuse_statistics(self._no_statistics)
+            return
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.step(kept.of_layer(layer_id), k_pages, page_table, row_lengths, checks)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info."""
@@ -252,6 +313,7 @@ class Stage:
             "mode_numbers": _mode_numbers() if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
             "refused": sorted(self._support.rejected),
+            "statistics": self.statistics.status(),
             **self.counters.snapshot(),
             **({"shadow": self.shadow.status()} if self.shadow is not None else {}),
         }

@@ -33,16 +33,20 @@ class Support:
             self._refusals[key] = gpu_refusal(mode, q, settings.params(top_k))
         return self._refusals[key]
 
+    def phase_refusal(self, settings: Settings, phase: str, q: torch.Tensor, top_k: int) -> str | None:
+        """`refusal` of all that the phase's mode runs."""
+        refusals = (self.refusal(settings, mode, q, top_k) for mode in policy.kernel_modes(phase, settings))
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
     def narrow(self, settings: Settings, view: BatchView, q: torch.Tensor, top_k: int) -> BatchView:
         """The view with what the kernels cannot do, if something asks for them."""
-        mode = policy.mode_to_try(view.phase, settings)
         if view.unsupported is not None or settings.backend == "reference":
             return view
-        if self.refusal(settings, mode, q, top_k) is not None:
+        if self.phase_refusal(settings, view.phase, q, top_k) is not None:
             return view._replace(unsupported="no_kernel")
         from indexer_kernels.gpu.pipeline import max_tokens
 
-        limit = max_tokens(mode)
+        limit = max_tokens(policy.mode_to_try(view.phase, settings))
         return view._replace(unsupported="too_long") if limit is not None and view.max_length > limit else view
 
     def reject(self, settings: Settings, sentence: str) -> None:

@@ -2,7 +2,8 @@
 
 DeepGEMM compiles its scheduler anew for every number of rows (in steps of 32), seconds each and in the middle of
 serving: chunks of a prompt have any length. So calls have at most MOST_ROWS rows and are padded to a power of two:
-seven variants in all, which DeepGEMM keeps on disk.
+seven variants in all, which DeepGEMM keeps on disk. Not so in decode, where one schedule serves all layers, of a number
+of rows for which SGLang has DeepGEMM make a schedule, too.
 """
 
 import deep_gemm
@@ -20,34 +21,49 @@ def padded_rows(num_rows: int) -> int:
     return max(LEAST_ROWS, 1 << max(0, num_rows - 1).bit_length())
 
 
+def paged_schedule(lengths: torch.Tensor) -> torch.Tensor:
+    """How DeepGEMM shares out rows of these lengths [M] int32 >= 1, for `paged_logits`."""
+    return deep_gemm.get_paged_mqa_logits_metadata(lengths[:, None], PAGE_TOKENS, deep_gemm.get_num_sms())
+
+
 def paged_logits(
-    q: torch.Tensor, weights: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    schedule: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out[m, i] = scale[j] * sum_h weights[m, h] * relu(q[m, h] . key[j]), j the i-th token of row m's own page list.
 
     q [M, H, 128] fp8, weights [M, H] f32, k_pages [P, 8448] uint8, page_table [M, W] int32, lengths [M] int32 >= 1, M
-    at most MOST_ROWS. Returns f32 [M, 64 W] (a view with a padded row stride); columns past lengths[m] hold anything.
+    at most MOST_ROWS, schedule: `paged_schedule(lengths)`, where it is at hand. Returns f32 [M, 64 W] (a view with a
+    padded row stride); columns past lengths[m] hold anything.
     """
     num_rows = q.shape[0]
-    padded = padded_rows(num_rows)
+    padded = padded_rows(num_rows) if schedule is None else num_rows
     if padded != num_rows:
         # The last row again, of which one token is scored. fp8 tensors cannot be indexed, their bytes can.
         row = torch.arange(padded, device=q.device).clamp_max(num_rows - 1)
         q = q.view(torch.uint8)[row].view(torch.float8_e4m3fn)
         weights, page_table = weights[row], page_table[row]
         lengths = torch.nn.functional.pad(lengths, (0, padded - num_rows), value=1)
-    context = lengths[:, None]
-    schedule = deep_gemm.get_paged_mqa_logits_metadata(context, PAGE_TOKENS, deep_gemm.get_num_sms())
-    return deep_gemm.fp8_paged_mqa_logits(
+    if schedule is None:
+        schedule = paged_schedule(lengths)
+    width = page_table.shape[1] * PAGE_TOKENS
+    logits = deep_gemm.fp8_paged_mqa_logits(
         q[:, None],
         k_pages.view(-1, PAGE_TOKENS, 1, HEAD_DIM + 4),
         weights,
-        context,
+        lengths[:, None],
         page_table,
         schedule,
-        page_table.shape[1] * PAGE_TOKENS,
+        width,
         clean_logits=False,
     )[:num_rows]
+    if padded == 1:  # DLPack, which DeepGEMM returns through, gives the stride of a lone row as 1; top-k looks at it
+        logits = logits.as_strided((1, width), (width, 1))
+    return logits
 
 
 def compile_schedulers(num_heads: int, device: torch.device | str = "cuda") -> None:

@@ -17,7 +17,9 @@ from indexer_kernels.gpu.target import PAGE_TOKENS
 
 # Units a program holds at once, by the reach of the page table: a handful of variants, not one per length.
 CAPACITIES = (512, 1024, 2048, 4096, 8192)
-NUM_WARPS = {512: 2, 1024: 4, 2048: 8, 4096: 16, 8192: 16}
+# Up to 1024 units one warp holds a row, 32 keys a lane: no count has to cross warps.
+NUM_WARPS = {512: 1, 1024: 1, 2048: 4, 4096: 8, 8192: 16}
+ROW_ALIGNMENT = 4  # floats: rows of scores start at multiples of 16 bytes, to be read 16 bytes at a time
 DYNAMIC = [
     "scores",
     "score_stride",
@@ -49,6 +51,7 @@ def page_select_kernel(
     VALUES: tl.constexpr,
     LOCAL_TOKENS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -59,47 +62,55 @@ def page_select_kernel(
     pages = (length + 63) // 64
     units = (pages + UNIT_PAGES - 1) // UNIT_PAGES
     first_local = tl.maximum(length - LOCAL_TOKENS, 0) // (64 * UNIT_PAGES)
-    unit = tl.arange(0, CAPACITY)
-    forced = (unit == 0) | (unit >= first_local)
-    chosen = unit < units
-    if units > BUDGET:
-        eligible = (unit > 0) & (unit < first_local)
-        base = scores + place.to(tl.int64) * score_stride
-        score = tl.load(base + unit * VALUES, mask=eligible, other=float("-inf"))
-        for value in tl.static_range(1, VALUES):
-            score = tl.maximum(score, tl.load(base + unit * VALUES + value, mask=eligible, other=float("-inf")))
-        key = tl.where(eligible, ordered_bits(score), 0)
-        wanted = BUDGET - 1 - (units - first_local)
-        threshold = tl.zeros((), tl.uint32)
-        bit = tl.full((), 2147483648, tl.uint32)
-        reached = units  # how many reach the threshold; as many as wanted need no further bit
-        while (bit > 0) & (reached != wanted):
-            count = tl.sum((key >= (threshold | bit)).to(tl.int32))
-            if count >= wanted:
-                threshold = threshold | bit
-                reached = count
-            bit = bit >> 1
-        above = key > threshold
-        level = eligible & (key == threshold)
-        level_left = wanted - tl.sum(above.to(tl.int32))
-        level_rank = tl.cumsum(level.to(tl.int32))
-        chosen = chosen & (forced | above | (level & (level_rank <= level_left)))
-    slot = tl.cumsum(chosen.to(tl.int32)) - 1
-    row_table = page_table + tl.load(request + row).to(tl.int64) * table_width
     out = row.to(tl.int64) * (BUDGET * UNIT_PAGES)
-    for part in tl.static_range(UNIT_PAGES):
-        page = unit * UNIT_PAGES + part
-        keep = chosen & (page < pages)
-        tl.store(logical + out + slot * UNIT_PAGES + part, page, mask=keep)
-        tl.store(physical + out + slot * UNIT_PAGES + part, tl.load(row_table + page, mask=keep, other=0), mask=keep)
-    num_units = tl.sum(chosen.to(tl.int32))
-    num_pages = num_units * UNIT_PAGES - (units * UNIT_PAGES - pages)
+    slot = tl.arange(0, SLOTS)
+    page = slot  # of a row that keeps everything
+    num_pages = tl.minimum(units, BUDGET) * UNIT_PAGES - (units * UNIT_PAGES - pages)
+    used = slot < num_pages
+    if units > BUDGET:
+        unit = tl.arange(0, CAPACITY)
+        # Read in whole vectors of 16 bytes: up to three scores past the last eligible one come along, unused.
+        base = tl.multiple_of(scores + place.to(tl.int64) * score_stride, 16)
+        entry = tl.arange(0, CAPACITY * VALUES)
+        score = tl.load(base + entry, mask=entry < (first_local * VALUES + 3) // 4 * 4, other=float("-inf"))
+        if VALUES > 1:
+            score = tl.max(tl.reshape(score, (CAPACITY, VALUES)), axis=1)
+        eligible = (unit > 0) & (unit < first_local)
+        key = tl.where(eligible, ordered_bits(score), 0)
+        # The best of each group are GROUPS >= BUDGET different keys: the last one wanted is at least their least.
+        groups = tl.max(tl.reshape(key, (CAPACITY // GROUPS, GROUPS)), axis=0)
+        low = tl.min(groups, axis=0)
+        high = tl.max(groups, axis=0)
+        key = tl.where(eligible | (unit >= units), key, 4294967295)  # forced units before all others
+        reached = units  # how many reach low; as many as wanted need no further search, and no choice between ties
+        while (low < high) & (reached != BUDGET):
+            middle = high - ((high - low) >> 1)
+            count = tl.sum((key >= middle).to(tl.int32))
+            if count >= BUDGET:
+                low = middle
+                reached = count
+            else:
+                high = middle - 1
+        last_level = units  # the last unit chosen of those whose key is `low`
+        if reached != BUDGET:
+            level = key == low
+            level_left = BUDGET - tl.sum((key > low).to(tl.int32))
+            level_rank = tl.cumsum(level.to(tl.int32))
+            last_level = tl.max(tl.where(level & (level_rank <= level_left), unit, 0))
+        chosen = (key > low) | ((key == low) & (unit <= last_level))
+        # Each chosen unit leaves its first page in its first slot, for whoever fills its slots.
+        rank = tl.where(chosen, tl.cumsum(chosen.to(tl.int32)), 0)
+        tl.store(logical + out + (rank - 1) * UNIT_PAGES, unit * UNIT_PAGES, mask=rank > 0)
+        tl.debug_barrier()
+        first = tl.load(logical + out + slot // UNIT_PAGES * UNIT_PAGES, mask=used, other=0)
+        tl.debug_barrier()  # before another thread stores to the same word
+        page = first + slot % UNIT_PAGES
     # Readers fetch pages in groups: what lies behind the row's end must still be a page of the pool.
-    spare = tl.arange(0, SLOTS)
-    unused = (spare >= num_pages) & (spare < BUDGET * UNIT_PAGES)
-    last = tl.load(row_table + tl.maximum(pages - 1, 0), mask=pages > 0, other=0)
-    tl.store(physical + out + spare, last, mask=unused)
-    tl.store(logical + out + spare, 0, mask=unused)
+    row_table = page_table + tl.load(request + row).to(tl.int64) * table_width
+    inside = slot < BUDGET * UNIT_PAGES
+    tl.store(logical + out + slot, tl.where(used, page, 0), mask=inside)
+    page = tl.where(used, page, tl.maximum(pages - 1, 0))
+    tl.store(physical + out + slot, tl.load(row_table + page, mask=pages > 0, other=0), mask=inside)
     tl.store(counts + row, tl.where(pages > 0, (num_pages - 1) * 64 + (length - 1) % 64 + 1, 0))
 
 
@@ -131,14 +142,16 @@ def page_select(
 ) -> None:
     """Choose the candidate pages of the rows in `rows` ([places] int32, -1: none) from the unit scores of their places.
 
-    scores [places, >= values * units] f32: a unit's score is the largest of its `values` entries. The first unit and
-    the units that cover the last local_tokens are always in; the rest of the budget goes to the best full units, ties
-    to the lower one. A row whose units fit the budget keeps them all, and its scores are not read.
+    scores [places, >= values * units] f32, rows ROW_ALIGNMENT apart: a unit's score is the largest of its `values`
+    entries. The first unit and the units that cover the last local_tokens are always in; the rest of the budget goes to
+    the best full units, ties to the lower one. A row whose units fit the budget keeps them all, and its scores are not
+    read.
     """
     slots = candidates.physical.shape[1]
     if rows.shape[0] == 0:
         return
-    max_units = -(-max_length // (PAGE_TOKENS * unit_pages))
+    assert scores.stride(0) % ROW_ALIGNMENT == 0 and scores.data_ptr() % 16 == 0, f"{scores.stride()=}"
+    capacity = capacity_for(-(-max_length // (PAGE_TOKENS * unit_pages)))
     page_select_kernel[(rows.shape[0],)](
         scores,
         scores.stride(0),
@@ -148,13 +161,8 @@ def page_select(
         page_table,
         page_table.stride(0),
         *candidates,
-        BUDGET=slots // unit_pages,
-        UNIT_PAGES=unit_pages,
-        VALUES=values,
-        LOCAL_TOKENS=local_tokens,
-        CAPACITY=capacity_for(max_units),
-        SLOTS=triton.next_power_of_2(slots),
-        num_warps=NUM_WARPS[capacity_for(max_units)],
+        **constants_of(slots // unit_pages, unit_pages, values, local_tokens, capacity),
+        num_warps=NUM_WARPS[capacity],
     )
 
 
@@ -166,16 +174,22 @@ def capacity_for(max_units: int) -> int:
     raise ValueError(f"max_units={max_units} must be at most {CAPACITIES[-1]}")
 
 
-def compile_for(budget: int, unit_pages: int, values: int, local_tokens: int, capacity: int):
-    """The variant for one setting, compiled for sm_90 without a GPU or a launch; its `asm` holds PTX and cubin."""
-    constants = {
+def constants_of(budget: int, unit_pages: int, values: int, local_tokens: int, capacity: int) -> dict[str, int]:
+    """What a variant of the kernel is compiled for."""
+    return {
         "BUDGET": budget,
         "UNIT_PAGES": unit_pages,
         "VALUES": values,
         "LOCAL_TOKENS": local_tokens,
         "CAPACITY": capacity,
+        "GROUPS": min(triton.next_power_of_2(budget), capacity),
         "SLOTS": triton.next_power_of_2(budget * unit_pages),
     }
+
+
+def compile_for(budget: int, unit_pages: int, values: int, local_tokens: int, capacity: int):
+    """The variant for one setting, compiled for sm_90 without a GPU or a launch; its `asm` holds PTX and cubin."""
+    constants = constants_of(budget, unit_pages, values, local_tokens, capacity)
     names = {"score_stride": "i32", "table_width": "i32", "scores": "*fp32"}
     kinds = {name: names.get(name, "*i32") for name in DYNAMIC}
     return compile_sm90(page_select_kernel, kinds, constants, {"num_warps": NUM_WARPS[capacity]})

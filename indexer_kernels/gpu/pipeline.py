@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from indexer_kernels.gpu import modes, token_modes
+from indexer_kernels.gpu import decode, modes, token_modes
 from indexer_kernels.gpu.group_rerank import group_rerank
 from indexer_kernels.gpu.page_select_kernel import CAPACITIES
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
@@ -44,6 +44,7 @@ def select_rows(
     output: str = "position",
     top_k_kernel: TopK | None = None,
     out: torch.Tensor | None = None,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`indexer_kernels.select_rows` on the GPU: int32 [M, top_k], launched on the current stream, nothing read back."""
     num_rows = plan.num_rows
@@ -60,9 +61,21 @@ def select_rows(
         k_pages, k_pages.view(torch.float8_e4m3fn).view(-1, HEAD_DIM), k_pages.view(torch.float32).view(-1, PAGE_TOKENS)
     )
     work = Work(
-        q, weights, pool, page_table, plan, params, output == "slot", top_k_kernel or torch_top_k, out[:num_rows]
+        q,
+        weights,
+        pool,
+        page_table,
+        plan,
+        params,
+        output == "slot",
+        top_k_kernel or torch_top_k,
+        out[:num_rows],
+        page_means,
     )
-    _mode(mode, params)(work)
+    if page_means is not None and plan.host_rows is None:
+        decode.select_blocks(work, routed=mode == "misa_rerank")
+    else:
+        _mode(mode, params)(work)
     return out
 
 

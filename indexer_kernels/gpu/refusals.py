@@ -13,11 +13,18 @@ def refusal(mode: str, q: torch.Tensor, params: IndexerParams) -> str | None:
     """Why this backend cannot serve the call, or None. Reads shapes and device properties only."""
     if q.device.type != "cuda":
         return f"q is on {q.device.type}, the gpu backend needs a CUDA device"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return f"compute capability {torch.cuda.get_device_capability(q.device)}, kernels are built for (9, 0)"
+    refusal = device_refusal(q.device)
+    if refusal is not None:
+        return refusal
     if q.shape[1] not in HEADS:
         return f"{q.shape[1]} indexer heads, kernels are built for {HEADS}"
     return mode_refusal(mode, params)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why no kernel runs on this CUDA device, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == (9, 0) else f"compute capability {capability}, kernels are built for (9, 0)"
 
 
 def mode_refusal(mode: str, params: IndexerParams) -> str | None:

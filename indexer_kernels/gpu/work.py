@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from indexer_kernels.gpu import block_means_kernel, head_route_kernel
+from indexer_kernels.gpu import head_route_kernel, page_means_kernel
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.row_plan import RowPlan
@@ -22,6 +22,7 @@ class Work(NamedTuple):
     settings.
 
     top_k writes the chosen tokens of a row to out [M, top_k]: as cache slots where slots is set, else as positions.
+    page_means [P, 128] bf16: stored means of all full pages, or None.
     """
 
     q: torch.Tensor
@@ -33,6 +34,7 @@ class Work(NamedTuple):
     slots: bool
     top_k: TopK
     out: torch.Tensor
+    page_means: torch.Tensor | None = None
 
 
 class Pool(NamedTuple):
@@ -51,8 +53,13 @@ def block_means(work: Work, block_size: int) -> torch.Tensor:
     padded = -(-blocks // BLOCK_TILE) * BLOCK_TILE
     shape = (work.page_table.shape[0], padded, HEAD_DIM)
     means = torch.empty(shape, dtype=torch.bfloat16, device=work.q.device)
-    block_means_kernel.build(block_size // PAGE_TOKENS)(
-        work.pool.keys, work.pool.scales, work.page_table, work.plan.request_lengths, means
+    page_means_kernel.block_means(
+        work.pool.pages,
+        work.page_table,
+        work.plan.request_lengths,
+        block_size // PAGE_TOKENS,
+        work.page_means,
+        means,
     )
     return means
 

@@ -38,6 +38,7 @@ def select_rows(
     params: IndexerParams,
     output: str,
     out: torch.Tensor,
+    page_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `indexer_kernels.select_rows`."""
     for request in torch.unique(plan.row_request).tolist():
@@ -46,7 +47,8 @@ def select_rows(
         longest = int(lengths.max())
         pages = page_table[request, : -(-longest // PAGE_TOKENS)]
         k, k_scale = unpack_pages(k_pages[pages.long()], longest)
-        selected = select_request(mode, q[rows], weights[rows], k, k_scale, lengths, params)
+        means = None if page_means is None else page_means[pages[: longest // PAGE_TOKENS].long()]
+        selected = select_request(mode, q[rows], weights[rows], k, k_scale, lengths, params, means)
         if output == "slot" and longest:
             selected = positions_to_slots(selected, pages.expand(len(rows), -1))
         out[rows] = selected

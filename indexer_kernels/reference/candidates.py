@@ -52,6 +52,7 @@ def block_candidates(
     params: IndexerParams,
 ) -> torch.Tensor:
     """hisa: the top_blocks best blocks by block score, the first block and those of the last local_tokens forced.
+    misa_rerank by stored page means: the same, with q and weights of each row's routed heads alone.
 
     Only blocks that end at or before a row's length have a score; its partly filled last block is forced.
     """

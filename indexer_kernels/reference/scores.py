@@ -20,16 +20,6 @@ def token_scores(q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scal
     return total * k_scale.float()
 
 
-def block_means(k: torch.Tensor, k_scale: torch.Tensor, block: int) -> torch.Tensor:
-    """kbar[b] = mean over block b of k[n] * k_scale[n], for the full blocks of one request: f32 [N // block, D].
-
-    k [N, D] and k_scale [N] start at the request's first token, so blocks are aligned to it.
-    """
-    num_blocks = k.shape[0] // block
-    tokens = k[: num_blocks * block].double() * k_scale[: num_blocks * block, None].double()
-    return tokens.view(num_blocks, block, k.shape[1]).mean(dim=1).float()
-
-
 def block_scores(q: torch.Tensor, weights: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """t[m, b] = sum_h weights[m, h] * relu(q[m, h] . kbar[b]): f32 [M, B] (HISA, arXiv 2603.28458, block stage)."""
     return token_scores(q, weights, means, means.new_ones(means.shape[0]))

@@ -1,6 +1,7 @@
 """Which backend serves a call, and what is said when it is not the one hoped for."""
 
 import logging
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -60,6 +61,22 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     reason = backend.gpu_refusal("hisa", CUDA_Q, IndexerParams())
     assert reason == "tilelang and deep_gemm not installed"
+
+
+def test_page_means_ask_for_the_device_alone(monkeypatch, caplog):
+    pytest.importorskip("deep_gemm", reason="the gpu backend imports DeepGEMM")
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(backend, "_logged", set())
+    assert backend.use_gpu_on(CUDA_Q.device, "auto") and backend.use_gpu_on(CUDA_Q.device, "gpu")
+    assert not backend.use_gpu_on(CUDA_Q.device, "reference") and not backend.use_gpu_on(torch.device("cpu"), "auto")
+    capability[0] = (8, 0)
+    with caplog.at_level(logging.WARNING, logger="indexer_kernels"):
+        assert not backend.use_gpu_on(CUDA_Q.device, "auto")
+    reason = "compute capability (8, 0), kernels are built for (9, 0)"
+    assert [record.getMessage() for record in caplog.records] == [f"the reference backend serves page means: {reason}"]
+    with pytest.raises(NotImplementedError, match=re.escape(f"backend='gpu', page means: {reason}")):
+        backend.use_gpu_on(CUDA_Q.device, "gpu")
 
 
 @pytest.mark.parametrize(

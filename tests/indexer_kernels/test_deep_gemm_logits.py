@@ -27,10 +27,9 @@ def test_slices_keep_to_the_most_rows():
     assert found == [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)]
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 32, 33])
-def test_padding_changes_no_score(monkeypatch, num_rows):
-    """DeepGEMM is played by the reference: what it is handed is well-formed, and the caller's rows come back."""
-    batch = make_batch([200], [num_rows], seed=1)
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Rows of each call. DeepGEMM is played by the reference; a schedule is the number of its rows."""
     calls = []
 
     def fp8_paged_mqa_logits(q, pages, weights, context, table, schedule, width, clean_logits):
@@ -41,7 +40,7 @@ def test_padding_changes_no_score(monkeypatch, num_rows):
         for row, length in enumerate(context[:, 0].tolist()):
             k, k_scale = unpack_pages(pages.view(torch.uint8).view(-1, 8448)[table[row].long()], length)
             scores[row, :length] = token_scores(q[row], weights[row : row + 1], k, k_scale)[0]
-        return scores
+        return scores.as_strided(scores.shape, (1, 1)) if len(scores) == 1 else scores
 
     fake = types.SimpleNamespace(
         get_num_sms=lambda: 132,
@@ -49,10 +48,20 @@ def test_padding_changes_no_score(monkeypatch, num_rows):
         fp8_paged_mqa_logits=fp8_paged_mqa_logits,
     )
     monkeypatch.setattr(deep_gemm_logits, "deep_gemm", fake)
+    return calls
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 32, 33])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_padding_changes_no_score(calls, num_rows, scheduled):
+    """What DeepGEMM is handed is well-formed, and the caller's rows come back; with a schedule, nothing is padded."""
+    batch = make_batch([200], [num_rows], seed=1)
     lengths = batch.plan.row_lengths
     table = batch.page_table[batch.plan.row_request.long(), :4]
-    got = deep_gemm_logits.paged_logits(batch.q, batch.weights, batch.k_pages, table, lengths)
-    assert calls == [max(32, 1 << (num_rows - 1).bit_length())] and got.shape == (num_rows, 256)
+    schedule = deep_gemm_logits.paged_schedule(lengths) if scheduled else None
+    got = deep_gemm_logits.paged_logits(batch.q, batch.weights, batch.k_pages, table, lengths, schedule)
+    assert calls == [num_rows if scheduled else max(32, 1 << (num_rows - 1).bit_length())]
+    assert got.shape == (num_rows, 256) and got.stride(0) % 4 == 0, "top-k looks at the stride of a lone row, too"
     want = token_scores(batch.q, batch.weights, batch.k[0], batch.k_scale[0])
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(got[row, :length], want[row, :length])
@@ -77,7 +86,7 @@ def test_every_size_is_compiled_ahead_while_sglang_builds_the_model(monkeypatch)
     ("mode", "unit", "needed"),
     [
         ("hisa", "token", True),
-        ("group_rerank", "token", True),
+        ("group_rerank", "token", False),
         ("misa_rerank", "page", True),
         ("misa_rerank", "token", False),
         ("misa", "token", False),

@@ -8,17 +8,18 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 
 from indexer_kernels.gpu import (
     bit_list_kernel,
-    block_means_kernel,
     block_score_kernel,
-    candidate_list_kernel,
+    decode_scores_kernel,
+    group_scan_kernel,
     head_route_kernel,
+    page_means_kernel,
     page_select_kernel,
     rescan_kernel,
     routed_pack_kernel,
     routed_scores_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_scores_kernel,
-    token_select_kernel,
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all, kernel_builders
 from indexer_kernels.params import IndexerParams
@@ -27,8 +28,6 @@ from tests.support.sm90a import compile_sm90a, opcodes_of
 # name: (prim_func, matrix instructions it must keep: one per 32 bytes of head dim in fp8, per 16 elements in bf16;
 # three times as many where a loop is pipelined, which peels its last two turns)
 KERNELS = {
-    "block_means 128": (lambda: block_means_kernel.block_means_prim_func(2), None),
-    "block_means 1024": (lambda: block_means_kernel.block_means_prim_func(16), None),
     "head_route 64 of 8": (lambda: head_route_kernel.head_route_prim_func(64, 8, 1024, "sum"), ("HGMMA.64x128x16", 24)),
     "head_route 32 of 8": (lambda: head_route_kernel.head_route_prim_func(32, 8, 1024, "sum"), ("HGMMA.64x128x16", 24)),
     "head_route 64 of 16 by maxima": (
@@ -70,14 +69,28 @@ def test_compiles_without_spills_and_keeps_its_products(name, tmp_path):
         assert kernel.count(opcode) == number, f"{name}: {kernel.count(opcode)} {opcode}, expected {number}"
 
 
-@pytest.mark.parametrize(("unit_rows", "with_positions"), [(32, False), (32, True), (16, False)])
-def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, with_positions, tmp_path):
-    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, 8192, 64, 128, with_positions)
+@pytest.mark.parametrize(
+    ("unit_rows", "with_positions", "by_row"),
+    [(32, False, False), (32, True, False), (16, False, False), (32, False, True), (32, True, True)],
+)
+def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, with_positions, by_row, tmp_path):
+    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, 8192, 64, 128, with_positions, by_row)
     kernel = compile_sm90a(prim_func, tmp_path, bit_list_kernel.CONFIGS)
     assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
     assert f"__launch_bounds__({bit_list_kernel.ROWS * 32}, {bit_list_kernel.CTAS_PER_SM})" in kernel.source
     # A barrier that TileLang adds would stand where only the warps with tokens left come by.
     assert kernel.source.count("__syncthreads()") == 1
+
+
+@pytest.mark.parametrize("held", sample_threshold_kernel.HELD)
+def test_thresholds_fit_their_blocks(held, tmp_path):
+    constants = (sample_kernel.CELL, sample_kernel.MOST, sample_kernel.SIGMAS)
+    prim_func = sample_threshold_kernel.sample_threshold_prim_func(8192, 64, 128, *constants, held)
+    kernel = compile_sm90a(prim_func, tmp_path, sample_threshold_kernel.CONFIGS)
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    threads = sample_threshold_kernel.HELD[held]
+    assert f"__launch_bounds__({threads}, {1536 // threads})" in kernel.source
+    assert kernel.count("ATOMS.POPC.INC") == 2 * held // threads, "adds to a bin that lanes share are one operation"
 
 
 @pytest.mark.parametrize("capacity", page_select_kernel.CAPACITIES)
@@ -96,19 +109,13 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
 @pytest.mark.parametrize(
     ("compiled", "products"),
     [
-        (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
         (sample_kernel.compile_sample_keys, None),
-        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False, 8192), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True), None),
         (rescan_kernel.compile_gather, None),
         (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
         (lambda: rescan_kernel.compile_choice(8, 8192, 64, 128, False), "QGMMA.64x16x32"),
     ],
     ids=[
-        "token_select",
         "sample_keys",
-        "sample_threshold",
-        "list from scores",
         "rescan_gather",
         "rescan_scores",
         "rescan_choice",
@@ -129,10 +136,7 @@ def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, 
     ("kernel", "dynamic"),
     [
         (page_select_kernel.page_select_kernel, page_select_kernel.DYNAMIC),
-        (token_select_kernel.token_select_kernel, token_select_kernel.DYNAMIC),
-        (candidate_list_kernel.candidate_list_kernel, candidate_list_kernel.DYNAMIC),
         (sample_kernel.sample_keys_kernel, sample_kernel.COPIED),
-        (sample_kernel.sample_threshold_kernel, sample_kernel.SEARCHED),
         (rescan_kernel.gather_unsure_kernel, rescan_kernel.GATHERED),
         (rescan_kernel.rescan_scores_kernel, rescan_kernel.SCORED),
         (rescan_kernel.rescan_choice_kernel, rescan_kernel.CHOSEN),
@@ -147,9 +151,18 @@ def test_runtime_arguments_do_not_specialise(kernel, dynamic):
 
 
 ROUTING = {"block_means 128", "head_route H=64", "routed_pack H=64"}
+DECODE = {
+    "page_means",
+    "page_means from a page",
+    "page_means of last pages",
+    "page_means check",
+    "candidate_counts",
+    *(f"block_select {capacity}" for capacity in (512, 1024, 2048, 4096)),  # of 8192 pages, two to a block
+}
+ROUTED_DECODE = DECODE | {"route_statistics", "misa_rerank decode_scores"}
 SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
 STEPS = (
-    *(f"sample_threshold {held}" for held in sample_kernel.HELD),
+    *(f"sample_threshold {held}" for held in sample_threshold_kernel.HELD),
     "candidate_list",
     "rescan_choice",
     "token_scores",
@@ -160,17 +173,90 @@ STEPS = (
     ("mode", "unit", "names"),
     [
         ("misa", "token", SCANS | {f"misa {step}" for step in STEPS}),
-        ("misa_rerank", "token", SCANS | {f"misa_rerank {step}" for step in STEPS}),
+        ("misa_rerank", "token", ROUTED_DECODE | SCANS | {f"misa_rerank {step}" for step in STEPS}),
         (
             "misa_rerank",
             "page",
-            {"routed_scores maxima"} | {f"page_select {capacity}" for capacity in page_select_kernel.CAPACITIES},
+            ROUTED_DECODE
+            | {"routed_scores maxima"}
+            | {f"page_select {capacity}" for capacity in page_select_kernel.CAPACITIES},
         ),
     ],
     ids=str,
 )
 def test_what_a_routed_mode_compiles(mode, unit, names):
     assert set(kernel_builders(IndexerParams(candidate_unit=unit), 64, (mode,))) == ROUTING | names
+
+
+def test_what_hisa_compiles():
+    prefill = {"block_means 128", "block_means 128 stored", "block_score H=32"}
+    assert set(kernel_builders(IndexerParams(), 32, ("hisa",))) == prefill | DECODE | {"hisa decode_scores"}
+    odd = kernel_builders(IndexerParams(block_size=96), 32, ("misa_rerank",))
+    assert "page_means" in odd and not set(odd) & {"route_statistics", "candidate_counts", "misa_rerank decode_scores"}
+
+
+@pytest.mark.parametrize("num_heads", [64, 32])
+@pytest.mark.parametrize("kernel", ["scores", "routed scores", "statistics"])
+def test_decode_scores_read_means_in_whole_vectors_ahead_of_their_use(kernel, num_heads, tmp_path):
+    if kernel == "statistics":
+        compiled = decode_scores_kernel.compile_statistics(num_heads, IndexerParams())
+    else:
+        compiled = decode_scores_kernel.compile_scores(num_heads, IndexerParams(), kernel == "routed scores")
+    opcodes = triton_opcodes(compiled, tmp_path)
+    products = {opcode: count for opcode, count in opcodes.items() if "GMMA" in opcode}
+    assert products == {f"HGMMA.64x{num_heads}x16.F32.BF16": 8}, "64 blocks, one instruction per 16 dimensions"
+    vectors = sum(count for opcode, count in opcodes.items() if opcode.startswith("LDG") and opcode.endswith(".128"))
+    assert vectors >= 16, "two pages of 64 blocks by 128 threads"
+    assert not [opcode for opcode in opcodes if opcode.startswith("LDG") and ".U" in opcode]
+    if kernel != "statistics":
+        assert opcodes["LDGSTS.E.BYPASS.128"] >= 16, "the loop must be pipelined"
+        assert compiled.metadata.shared <= 56 * 1024, "four programs an SM"
+    assert opcodes["HADD2.BF16_V2"] == 32, "pairs of means are added as pairs"
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda: page_means_kernel.compile_update(False, False),
+        lambda: page_means_kernel.compile_update(False, True),
+        lambda: page_means_kernel.compile_update(True, False),
+        page_means_kernel.compile_check,
+        lambda: page_means_kernel.compile_blocks(2, False),
+        lambda: page_means_kernel.compile_blocks(16, False),
+    ],
+    ids=["all", "from a page", "last", "check", "blocks of 2", "blocks of 16"],
+)
+def test_page_means_add_in_one_order(compiled, tmp_path):
+    """64 fused multiply-adds for each of a thread's 4 dimensions, no sum over lanes: what makes means bitwise equal."""
+    opcodes = triton_opcodes(compiled(), tmp_path)
+    assert opcodes["FFMA"] == 4 * 64 and opcodes["FADD"] in (0, 4), "a block adds its pages up"
+    assert not [opcode for opcode in opcodes if opcode.startswith("LDG.E.U8")]
+
+
+def triton_opcodes(compiled, folder):
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    opcodes = opcodes_of(cubin)
+    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills to local memory"
+    return opcodes
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "names"),
+    [
+        (page_means_kernel, "update_means_kernel", "UPDATED"),
+        (page_means_kernel, "check_means_kernel", "CHECKED"),
+        (page_means_kernel, "block_means_kernel", "BLOCKS"),
+        (decode_scores_kernel, "route_statistics_kernel", "ROUTED"),
+        (decode_scores_kernel, "decode_scores_kernel", "SCORED"),
+    ],
+)
+def test_runtime_arguments_specialise_on_alignment_alone(module, kernel, names):
+    """Tensors whose rows are read whole: torch aligns them, always, so there is one variant all the same."""
+    runtime = [param for param in getattr(module, kernel).params if not param.is_constexpr]
+    assert [param.name for param in runtime] == getattr(module, names)
+    assert all(param.do_not_specialize for param in runtime)
+    assert {param.name for param in runtime if not param.do_not_specialize_on_alignment} <= module.ALIGNED
 
 
 def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
@@ -180,7 +266,8 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     for module in (
         head_route_kernel,
         bit_list_kernel,
-        block_means_kernel,
+        group_scan_kernel,
+        sample_threshold_kernel,
         block_score_kernel,
         routed_pack_kernel,
         routed_scores_kernel,
@@ -189,8 +276,9 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
-    assert {"misa token_scores", "misa_rerank candidate_list", "group token_select slot"} <= set(outcome)
+    assert {"misa token_scores", "misa_rerank candidate_list", "group rescan_choice slot"} <= set(outcome)
     assert not [name for name in outcome if name.startswith("page_select")], "the default candidates are tokens"
+    assert {"hisa decode_scores", "misa_rerank decode_scores"} <= set(outcome)
     assert {name for name in outcome if name.startswith("block_select")} == {
         f"block_select {capacity}"
         for capacity in (512, 1024, 2048, 4096)  # of 8192 pages, two to a block

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.reference.candidates import forced_units, group_candidates, page_candidates, visible_units
 from indexer_kernels.reference.choice import keep_within_budget, ranks, select_tokens
 from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
-from indexer_kernels.reference.scores import block_means, block_scores, page_maxima, token_scores
+from indexer_kernels.reference.scores import block_scores, page_maxima, token_scores
+from indexer_kernels.reference.statistics import block_means, blocks_of_pages, page_means
 from tests.support.inputs import NAN_BYTE, make_batch
 from tests.support.small import SMALL
 
@@ -78,12 +80,18 @@ def test_block_means():
 
 @pytest.mark.parametrize("block", [64, 128, 256])
 def test_block_means_are_means_of_page_means(block):
+    """Every mean is rounded to bfloat16 once: that of a page, and that of a block, from its pages'."""
     batch = make_batch([700], [0], seed=84)
-    pages = block_means(batch.k[0], batch.k_scale[0], 64)
-    blocks = block_means(batch.k[0], batch.k_scale[0], block)
+    k, k_scale = batch.k[0], batch.k_scale[0]
+    pages = page_means(pack_pages(k[:640], k_scale[:640]))
+    tokens = k[:640].double() * k_scale[:640, None].double()
+    assert torch.equal(pages, tokens.view(10, 64, 128).sum(1).div(64).float().bfloat16())
+    blocks = block_means(k, k_scale, block)
     per = block // 64
-    joined = pages[: len(blocks) * per].view(-1, per, 128).mean(1)
-    assert len(blocks) == 700 // block and torch.allclose(blocks, joined, atol=1e-6)
+    joined = pages[: len(blocks) * per].double().view(-1, per, 128).sum(1) / per
+    assert len(blocks) == 700 // block and torch.equal(blocks, joined.float().bfloat16().float())
+    assert torch.equal(blocks, blocks_of_pages(pages, block))
+    assert per == 1 or not torch.equal(blocks, joined.float()), "the average of two is rounded, too"
 
 
 def test_block_scores_are_token_scores_of_the_means():

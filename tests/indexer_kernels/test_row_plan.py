@@ -89,6 +89,18 @@ def test_what_a_plan_derives_is_made_once_for_all_layers():
     assert plan.kept("other", lambda: plan.row_lengths * 3)[0] == 303
 
 
+def test_a_plan_for_one_forward_derives_once():
+    """Lengths do not change within a forward; the next one has a plan of its own."""
+    lengths = torch.tensor([5, 9], dtype=torch.int32)
+    plan = plan_decode(lengths, 4)
+    first = plan.for_one_forward()
+    assert first.row_lengths is plan.row_lengths and first.kept("twice", lambda: lengths * 2).tolist() == [10, 18]
+    lengths += 1
+    assert first.kept("twice", lambda: pytest.fail("made again")).tolist() == [10, 18]
+    assert plan.for_one_forward().kept("twice", lambda: lengths * 2).tolist() == [12, 20]
+    assert first.for_one_forward().kept("twice", lambda: lengths * 2).tolist() == [12, 20]
+
+
 def test_what_a_decode_plan_derives_follows_its_lengths():
     """A captured graph writes new lengths to the tensor that the plan was made from."""
     lengths = torch.tensor([5, 9], dtype=torch.int32)
@@ -96,3 +108,23 @@ def test_what_a_decode_plan_derives_follows_its_lengths():
     assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [10, 18]
     lengths += 1
     assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [12, 20]
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=60))
+def test_scans_of_any_rows(group, rows):
+    """A scan for each group, in the order of the groups, over what its first position sees."""
+    request, lengths = [r for r, _ in rows], [n for _, n in rows]
+    plan = plan_rows(torch.tensor(request, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64), 3)
+    groups = plan.groups(group).rows.tolist()
+    first = [next(n for n in range(lengths[g[0]], -group, -1) if n % group == 1) for g in groups]
+    check(plan.scans(group), [request[g[0]] for g in groups], [max(n, 0) for n in first], 3)
+    assert plan.scans(group) is plan.scans(group)
+
+
+def test_scans_of_decode_follow_the_lengths():
+    lengths = torch.tensor([8, 0, 1, 5], dtype=torch.int32)
+    plan = plan_decode(lengths, 2)
+    assert plan.scans(4).row_lengths.tolist() == [5, 0, 1, 5] and plan.scans(4).max_length == plan.max_length
+    lengths[0] = 9
+    assert plan.scans(4).row_lengths.tolist() == [9, 0, 1, 5]

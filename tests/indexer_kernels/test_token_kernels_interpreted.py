@@ -1,4 +1,4 @@
-"""The Triton kernels of misa, misa_rerank and hisa, run on this CPU by Triton's interpreter, against the references."""
+"""The Triton kernels of misa, misa_rerank, hisa and decode, run by Triton's interpreter, against the references."""
 
 import os
 import subprocess
@@ -11,7 +11,12 @@ pytest.importorskip("triton", reason="the gpu extra is not installed")
 
 @pytest.mark.parametrize(
     ("program", "rows"),
-    [("interpreted_kernels", 46), ("interpreted_token_modes", 82), ("interpreted_page_select", 120)],
+    [
+        ("interpreted_kernels", 46),
+        ("interpreted_token_modes", 82),
+        ("interpreted_page_select", 132),
+        ("interpreted_decode", 160),
+    ],
 )
 def test_agrees_with_the_references(program, rows):
     command = [sys.executable, "-m", f"tests.support.{program}"]

@@ -33,6 +33,7 @@ def count(stage: Stage, layer: int) -> None:
     stage.counters.count("prefill", "misa", "configured", 100)
     stage.counters.count("prefill", "native", "hisparse", 7)
     stage.counters.step_device("prefill", "misa", cpu)
+    stage.counters.count_integrity(torch.tensor(20), torch.tensor(1))
     stage.shadow.forwards[("prefill", SAMPLED)] += 1
     key = Key("prefill", "misa", layer)
     stage.shadow.overlaps.add(key, torch.tensor([0.6, 1.0], dtype=torch.float64))

@@ -36,6 +36,12 @@ TARGETS = (
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
     "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",
     "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._forward_cuda_k_only",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.__init__",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.load_cpu_copy",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.move",
+    "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_dsa_indexer_cell_size",
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin.ScheduleBatchDisaggregationDecodeMixin.process_prebuilt",
 )
 SWITCH_TARGET = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers"
@@ -83,7 +89,7 @@ def hooked(stage: Stage) -> Iterator[Recorder]:
     """The hooks of `stage` on the real classes, around recorded originals of the Indexer's methods."""
     native = Recorder()
     with unpatched_sglang():
-        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged"):
+        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged", "_forward_cuda_k_only"):
             setattr(Indexer, name, native.method(getattr(Indexer, name)))
         assert sglang_hooks.verify(stage.settings.runtime_switch) == []
         sglang_hooks.install(stage)
@@ -102,6 +108,7 @@ def use(stage: Stage, **settings: Any) -> None:
     folder, rows = stage.settings.trace_dir, stage.settings.trace_rows
     stage._traces = None if folder is None else TraceWriter(folder, rows, {"_name_or_path": "models/tiny"})
     stage._support.rejected.clear()
+    stage._no_statistics = None
 
 
 def indexer(**changes: Any) -> Any:

@@ -72,6 +72,7 @@ def test_values_after_three_updates(exposed):
     assert value(exposed, "rows_total", **misa, reason="configured") == 300
     assert value(exposed, "fallbacks_total", phase="prefill", reason="hisparse") == 3
     assert value(exposed, "device_runs_total", **misa) == 3
+    assert value(exposed, "integrity_pages_total") == 60 and value(exposed, "integrity_mismatches_total") == 3
     assert value(exposed, "shadow_forwards_total", phase="prefill", outcome="sampled") == 3
     assert value(exposed, "shadow_rows_total", **misa, layer="3") == 4
     assert value(exposed, "shadow_overlap_total", **misa, layer="3") == pytest.approx(3.2)

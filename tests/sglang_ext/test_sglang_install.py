@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from indexer_kernels.top_k import PlannedTopK
 from sglang_ext.settings import SERVE_MODES, Settings
 from sglang_ext.stage import Stage
 
@@ -270,3 +271,6 @@ def test_sglangs_top_k_kernel_is_called_as_it_is_declared(monkeypatch):
     names = list(transform.parameters)
     assert [given[name] for name in names[:5]] == [scores, lengths, table, out, 64]
     assert given[names[5]][0] == "plan" and lengths is next(iter(given[names[5]][1].values()))
+    assert isinstance(sglang_hooks.sglang_top_k, PlannedTopK)
+    sglang_hooks.sglang_top_k(scores, lengths, table, out, plan="kept")
+    assert made[1][names[5]] == "kept"

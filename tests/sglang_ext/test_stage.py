@@ -113,6 +113,22 @@ def test_decode_keeps_no_plan_made_inside_a_capture(monkeypatch):
     assert captured.parts and decode(stage, attention=attention, **same) is not captured
 
 
+def test_what_layers_derive_from_lengths_lives_for_one_forward():
+    """Layers ascend: one that is not above the last begins another forward, whose lengths may be new."""
+    stage, attention = Stage(MISA, {}), Attention()
+    same = {"lengths": torch.tensor([130, 7], dtype=torch.int32), "page_table": table(2)}
+
+    def made(layer: int) -> object:
+        forward = decode(stage, attention=attention, layer_id=layer, **same)
+        return forward.parts[0][1].plan.kept("lengths", object)
+
+    first = made(3)
+    assert made(5) is first and made(60) is first
+    second = made(3)
+    assert second is not first and made(5) is second
+    assert made(5) is not second, "a draft model's only layer begins a forward each time"
+
+
 def test_decode_reads_no_length_back():
     meta = decode(Stage(MISA, {}), lengths=torch.empty(2, dtype=torch.int32, device="meta"))
     assert meta.decision == ("misa", "configured"), "a meta tensor has no values to read"

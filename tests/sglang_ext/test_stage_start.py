@@ -192,6 +192,30 @@ def test_a_mode_is_compiled_once_for_both_phases_and_all_modes_for_a_switch(gpu)
     assert [mode for _, _, mode in gpu.compiled] == ["misa", "native", "misa_rerank", "hisa"]
 
 
+@pytest.mark.parametrize("kind", ["refusal", "failures", None])
+def test_no_statistics_for_a_mode_without_kernels(gpu, kind):
+    """They would take memory for a decode that stays native."""
+    if kind is not None:
+        getattr(gpu, kind).update({"hisa": "no such GPU", "pack": "syntax error"})
+    own = {"prefill_mode": "native", "decode_mode": "hisa"}
+    stage = Stage(Settings(**own), {})
+    assert stage.wants_statistics()
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    assert stage.wants_statistics() == (kind is None)
+
+
+def test_decode_misa_rerank_needs_hisas_kernels_too(gpu, caplog):
+    """From stored statistics it chooses blocks as hisa does."""
+    own = {"prefill_mode": "native", "decode_mode": "misa_rerank"}
+    start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
+    assert gpu.compiled == [(2048, 64, "misa_rerank"), (2048, 64, "hisa")]
+    gpu.refusal["hisa"] = "no blocks"
+    stage = Stage(Settings(**own), {})
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    assert not stage.wants_statistics()
+    assert "decode mode 'misa_rerank': no blocks" in log_lines(caplog, logging.WARNING)[-1]
+
+
 def test_a_kernel_that_does_not_compile_means_native_with_a_reason(gpu, monkeypatch, batch):
     gpu.failures["pack"] = "syntax error"
     own = {"prefill_mode": "hisa", "decode_mode": "native"}

@@ -112,9 +112,19 @@ def forced_tokens(length: int, local_tokens: int) -> set[int]:
 
 
 def full_block_means(row: Row, size: int) -> list[torch.Tensor]:
-    """Mean dequantised key of every block that ends at or before the row's end."""
-    blocks = (slice(start, start + size) for start in range(0, row.length - size + 1, size))
-    return [(row.keys[block] * row.scales[block, None]).sum(0) / size for block in blocks]
+    """Mean dequantised key of every block that ends at or before the row's end, as bfloat16: of its pages' bfloat16
+    means where it is made of whole pages.
+    """
+
+    def mean_of(start: int, tokens: int) -> torch.Tensor:
+        if tokens > PAGE and tokens % PAGE == 0:
+            mean = sum(mean_of(page, PAGE) for page in range(start, start + tokens, PAGE)) / (tokens // PAGE)
+        else:
+            block = slice(start, start + tokens)
+            mean = (row.keys[block] * row.scales[block, None]).sum(0) / tokens
+        return mean.float().bfloat16().double()
+
+    return [mean_of(start, size) for start in range(0, row.length - size + 1, size)]
 
 
 def routed_heads(row: Row, route_block: int, statistic: str, active_heads: int) -> list[int]:

@@ -13,6 +13,22 @@ from tests.support.inputs import Batch
 DECODE_LENGTHS = [9000, 4001, 9000, 700]
 
 
+class CountingTopK:
+    """`PlannedTopK` by torch.topk, which counts; a plan is a copy of its lengths, and must still be theirs."""
+
+    def __init__(self) -> None:
+        self.plans = self.calls = 0
+
+    def plan(self, lengths: torch.Tensor) -> torch.Tensor:
+        self.plans += 1
+        return lengths.clone()
+
+    def __call__(self, scores, lengths, page_table, out, page_tokens=64, plan=None) -> None:
+        assert plan is not None and plan.shape == lengths.shape
+        self.calls += 1
+        torch_top_k(scores, torch.minimum(lengths, plan), page_table, out, page_tokens)
+
+
 def work_of(batch: Batch, params: IndexerParams) -> Work:
     """The batch as the steps of the pipeline take it, for positions."""
     pages = batch.k_pages

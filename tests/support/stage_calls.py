@@ -59,6 +59,7 @@ def decode(stage: Stage, **changes: Any) -> Forward:
         "page_table": torch.zeros((2, 3), dtype=torch.int32),
         "num_rows": 2,
         "q": torch.zeros((4, 8, 128)).to(torch.float8_e4m3fn),
+        "layer_id": 0,
         "unsupported": Asked(),
     }
     return stage.decode(**arguments | changes)

@@ -1,0 +1,362 @@
+"""Triton kernels of decode: block scores from stored page means, gathered through the page table.
+
+Every row has a page table of its own, so all it reads of a page is 256 bytes, once: the kernels are bound by memory.
+Many programs share a row, so that one row fills the chip as many do.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from indexer_kernels.gpu.ahead_of_launch import compile_sm90
+from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.params import IndexerParams
+
+UNITS = 64  # blocks of one product
+NUM_WARPS = 4
+STAGES = 3
+READ = ["q", "weights", "means", "page_table", "table_width", "lengths"]
+ROUTED = [*READ, "statistics", "chunks"]
+SCORED = [*ROUTED, "scores", "score_stride"]
+COUNTED = ["lengths", "counts", "contexts", "num_rows"]
+COUNT_ROWS = 128
+ALIGNED = {"q", "means"}  # to 16 bytes: rows of them are read whole
+
+
+def _unaligned(names: list[str]) -> list[str]:
+    return [name for name in names if name not in ALIGNED]
+
+
+@triton.jit
+def products(
+    query,
+    means,
+    table,
+    unit,
+    last,
+    BLOCK_PAGES: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """relu(q[h] . kbar[b]) / scale_of(BLOCK_PAGES) of the blocks `unit` [n] before `last`, kbar bitwise as
+    `page_means_kernel.block_means` has it: f32 [n, H]; of the other blocks anything.
+    """
+    if BLOCK_PAGES == 2:
+        # One instruction adds two pairs, and rounds as a float32 sum rounded to bfloat16 does; halves come later.
+        mean = page_rows(means, table, unit, last, 0, 2, DIM) + page_rows(means, table, unit, last, 1, 2, DIM)
+    else:
+        total = tl.zeros((unit.shape[0], DIM), tl.float32)
+        for number in tl.static_range(BLOCK_PAGES):
+            total += page_rows(means, table, unit, last, number, BLOCK_PAGES, DIM).to(tl.float32)
+        mean = (total * (1.0 / BLOCK_PAGES)).to(tl.bfloat16)
+    return tl.maximum(tl.dot(mean, query), 0.0)
+
+
+@triton.jit
+def page_rows(means, table, unit, last, number, BLOCK_PAGES: tl.constexpr, DIM: tl.constexpr):
+    """Mean of page `number` of each block `unit` [n] before `last`: bf16 [n, DIM]."""
+    page = tl.load(table + unit * BLOCK_PAGES + number, mask=unit < last, other=0).to(tl.int64)
+    return tl.load(means + page[:, None] * DIM + tl.arange(0, DIM)[None, :])
+
+
+@triton.jit
+def scale_of(BLOCK_PAGES: tl.constexpr):
+    """What `products` leaves to be multiplied, a power of two: where it is does not change a bit."""
+    return 0.5 if BLOCK_PAGES == 2 else 1.0
+
+
+@triton.jit
+def transposed_query(q, row, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """bf16 [DIM, H] of a row."""
+    entry = row * (HEADS * DIM) + tl.arange(0, HEADS)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    return tl.trans(tl.load(q + entry).to(tl.float32).to(tl.bfloat16))
+
+
+@triton.jit
+def scored_blocks(
+    length, PAGE_TOKENS: tl.constexpr, BLOCK_PAGES: tl.constexpr, BUDGET: tl.constexpr, LOCAL: tl.constexpr
+):
+    """Blocks before this one may be chosen by their score: those ahead of the forced last ones; none of a row that
+    keeps all its blocks.
+    """
+    size = PAGE_TOKENS * BLOCK_PAGES
+    return tl.where(length > BUDGET * size, tl.maximum(length - LOCAL, 0) // size, 0)
+
+
+@triton.jit(do_not_specialize=ROUTED, do_not_specialize_on_alignment=_unaligned(ROUTED))
+def route_statistics_kernel(
+    q,  # [M, H, DIM] fp8
+    weights,  # not read
+    means,  # [P, DIM] bf16
+    page_table,  # [M, table_width] int32
+    table_width,
+    lengths,  # [M] int32
+    statistics,  # [M, chunks, H] f32 out, of chunks with a full block
+    chunks,
+    BY_SUM: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    COVERED: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The sum or the maximum of a head's products over UNITS blocks. Chunks are the same whatever the batch, so that
+    sums are, too.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
+    length = tl.load(lengths + row)
+    full = length // (PAGE_TOKENS * BLOCK_PAGES)
+    if (length <= COVERED) | (chunk * UNITS >= full):
+        return
+    query = transposed_query(q, row, HEADS, DIM)
+    unit = chunk * UNITS + tl.arange(0, UNITS)
+    product = products(query, means, page_table + row * table_width, unit, full, BLOCK_PAGES, DIM)
+    product = tl.where((unit < full)[:, None], product, 0.0)
+    if BY_SUM:
+        statistic = tl.sum(product, axis=0)
+    else:
+        statistic = tl.max(product, axis=0)
+    place = statistics + (row * chunks + chunk) * HEADS + tl.arange(0, HEADS)
+    tl.store(place, statistic * scale_of(BLOCK_PAGES))
+
+
+@triton.jit
+def routed_gates(
+    weight,
+    statistics,
+    used,
+    ACTIVE: tl.constexpr,
+    BY_SUM: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """The gates of the ACTIVE heads of largest |gate| * statistic, ties to the lower head, and 0 for the others."""
+    head = tl.arange(0, HEADS)
+    total = tl.zeros((HEADS,), tl.float32)
+    for chunk in range(used):
+        statistic = tl.load(statistics + chunk * HEADS + head)
+        if BY_SUM:
+            total += statistic
+        else:
+            total = tl.maximum(total, statistic)
+    routing = total * tl.abs(weight)
+    other, mine = routing[None, :], routing[:, None]
+    ahead = (other > mine) | ((other == mine) & (head[None, :] < head[:, None]))
+    return tl.where(tl.sum(ahead.to(tl.int32), axis=1) < ACTIVE, weight, 0.0)
+
+
+@triton.jit(do_not_specialize=SCORED, do_not_specialize_on_alignment=_unaligned(SCORED))
+def decode_scores_kernel(
+    q,  # [M, H, DIM] fp8
+    weights,  # [M, H] f32
+    means,  # [P, DIM] bf16
+    page_table,  # [M, table_width] int32
+    table_width,
+    lengths,  # [M] int32
+    statistics,  # [M, chunks, H] f32, read where ACTIVE > 0
+    chunks,
+    scores,  # [M, score_stride] f32 out, of blocks that may be chosen by their score
+    score_stride,
+    ACTIVE: tl.constexpr,
+    BY_SUM: tl.constexpr,
+    ROUTE_TOKENS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    BUDGET: tl.constexpr,
+    LOCAL_TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    UNITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + row)
+    last = scored_blocks(length, PAGE_TOKENS, BLOCK_PAGES, BUDGET, LOCAL_TOKENS)
+    first = tl.program_id(0) * UNITS
+    if first >= last:
+        return
+    query = transposed_query(q, row, HEADS, DIM)
+    weight = tl.load(weights + row * HEADS + tl.arange(0, HEADS))
+    if ACTIVE > 0:
+        used = tl.cdiv(length // ROUTE_TOKENS, UNITS)
+        weight = routed_gates(weight, statistics + row * chunks * HEADS, used, ACTIVE, BY_SUM, HEADS)
+    weight = weight * scale_of(BLOCK_PAGES)
+    table = page_table + row * table_width
+    out = scores + row * score_stride
+    for start in tl.range(first, last, tl.num_programs(0) * UNITS, num_stages=STAGES):
+        unit = start + tl.arange(0, UNITS)
+        product = products(query, means, table, unit, last, BLOCK_PAGES, DIM)
+        tl.store(out + unit, tl.sum(product * weight[None, :], axis=1), mask=unit < last)
+
+
+@triton.jit(do_not_specialize=COUNTED, do_not_specialize_on_alignment=COUNTED)
+def candidate_counts_kernel(
+    lengths,  # [M] int32
+    counts,  # [M] int32 out
+    contexts,  # [M] int32 out
+    num_rows,
+    BLOCK_PAGES: tl.constexpr,
+    BUDGET: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    length = tl.load(lengths + row, mask=row < num_rows, other=0)
+    size = PAGE_TOKENS * BLOCK_PAGES
+    # Chosen blocks are whole, but for the row's last one, which always is among them.
+    dropped = tl.maximum((length + size - 1) // size - BUDGET, 0) * size
+    count = tl.maximum(length, 0) - dropped
+    tl.store(counts + row, count, mask=row < num_rows)
+    tl.store(contexts + row, tl.maximum(count, 1), mask=row < num_rows)
+
+
+def route_statistics(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    means: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    params: IndexerParams,
+) -> torch.Tensor:
+    """out[m, c, h] = sum or max (route_statistic) of relu(q[m, h] . kbar[b]) over the full route blocks b of row m in
+    64 c .. 64 c + 63: f32 [M, chunks, H].
+
+    q [M, H, 128] fp8, weights [M, H] f32, means [P, 128] bf16, page_table [M, W] int32, lengths [M] int32. Chunks
+    without a full block hold anything, and so do rows that keep all their blocks.
+    """
+    rows, heads = weights.shape
+    chunks = -(-page_table.shape[1] * PAGE_TOKENS // (params.route_block * UNITS))
+    statistics = weights.new_empty((rows, chunks, heads))
+    route_statistics_kernel[(chunks, rows)](
+        q,
+        weights,
+        means,
+        page_table,
+        page_table.stride(0),
+        lengths,
+        statistics,
+        chunks,
+        **_statistics_constants(heads, params),
+        num_warps=NUM_WARPS,
+    )
+    return statistics
+
+
+def decode_scores(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    means: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    params: IndexerParams,
+    programs: int,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[m, b] = sum_h w[m, h] * relu(q[m, h] . kbar[b]) for the full blocks b of row m that are not forced: f32
+    [M, >= blocks], rows ROW_ALIGNMENT apart.
+
+    Shapes as in `route_statistics`; with its statistics only the heads they choose are summed. About `programs`
+    programs share the work. The columns of forced last blocks hold anything, and so do rows that keep all their blocks.
+    """
+    rows, heads = weights.shape
+    columns = -(-page_table.shape[1] * PAGE_TOKENS // (params.block_size * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+    scores = weights.new_empty((rows, columns))
+    splits = min(-(-columns // UNITS), max(1, programs // rows))
+    decode_scores_kernel[(splits, rows)](
+        q,
+        weights,
+        means,
+        page_table,
+        page_table.stride(0),
+        lengths,
+        scores if statistics is None else statistics,
+        0 if statistics is None else statistics.shape[1],
+        scores,
+        scores.stride(0),
+        **_score_constants(heads, params, statistics is not None),
+        num_warps=NUM_WARPS,
+    )
+    return scores
+
+
+def candidate_counts(lengths: torch.Tensor, params: IndexerParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tokens are left of each row of lengths [M] int32 when top_blocks of its blocks are kept, the last one
+    among them: ([M], the same but at least 1), int32.
+    """
+    counts, contexts = torch.empty_like(lengths), torch.empty_like(lengths)
+    rows = lengths.shape[0]
+    candidate_counts_kernel[(triton.cdiv(rows, COUNT_ROWS),)](
+        lengths, counts, contexts, rows, **_count_constants(params), num_warps=1
+    )
+    return counts, contexts
+
+
+def _statistics_constants(heads: int, params: IndexerParams) -> dict[str, int]:
+    return {
+        "BY_SUM": params.route_statistic == "sum",
+        "BLOCK_PAGES": params.route_block // PAGE_TOKENS,
+        "COVERED": params.top_blocks * params.block_size,
+        "HEADS": heads,
+        "DIM": HEAD_DIM,
+        "PAGE_TOKENS": PAGE_TOKENS,
+        "UNITS": UNITS,
+    }
+
+
+def _score_constants(heads: int, params: IndexerParams, routed: bool) -> dict[str, int]:
+    return {
+        "ACTIVE": params.active_heads if routed else 0,
+        "BY_SUM": routed and params.route_statistic == "sum",
+        "ROUTE_TOKENS": params.route_block if routed else PAGE_TOKENS,
+        "BLOCK_PAGES": params.block_size // PAGE_TOKENS,
+        "BUDGET": params.top_blocks,
+        "LOCAL_TOKENS": params.local_tokens,
+        "HEADS": heads,
+        "DIM": HEAD_DIM,
+        "PAGE_TOKENS": PAGE_TOKENS,
+        "UNITS": UNITS,
+        "STAGES": STAGES,
+    }
+
+
+def _count_constants(params: IndexerParams) -> dict[str, int]:
+    return {
+        "BLOCK_PAGES": params.block_size // PAGE_TOKENS,
+        "BUDGET": params.top_blocks,
+        "PAGE_TOKENS": PAGE_TOKENS,
+        "ROWS": COUNT_ROWS,
+    }
+
+
+_KINDS = {
+    "q": "*fp8e4nv",
+    "weights": "*fp32",
+    "means": "*bf16",
+    "table_width": "i32",
+    "statistics": "*fp32",
+    "chunks": "i32",
+    "scores": "*fp32",
+    "score_stride": "i32",
+    "num_rows": "i32",
+}
+
+
+def _compile(kernel: Any, names: list[str], constants: dict[str, int], num_warps: int = NUM_WARPS):
+    kinds = {name: _KINDS.get(name, "*i32") for name in names}
+    return compile_sm90(kernel, kinds, constants, {"num_warps": num_warps}, [n for n in names if n in ALIGNED])
+
+
+def compile_statistics(heads: int, params: IndexerParams):
+    """The variant of a setting, compiled for sm_90 without a GPU or a launch; its `asm` holds PTX and cubin."""
+    return _compile(route_statistics_kernel, ROUTED, _statistics_constants(heads, params))
+
+
+def compile_scores(heads: int, params: IndexerParams, routed: bool):
+    return _compile(decode_scores_kernel, SCORED, _score_constants(heads, params, routed))
+
+
+def compile_counts(params: IndexerParams):
+    return _compile(candidate_counts_kernel, COUNTED, _count_constants(params), num_warps=1)
