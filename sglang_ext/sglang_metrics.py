@@ -1,11 +1,14 @@
 """The plugin's metrics on SGLang's /metrics: made beside SGLang's own, brought up to date whenever those are."""
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang_ext.metrics import Metrics
 from sglang_ext.stage import Stage
+
+logger = logging.getLogger("sglang_ext")
 
 COLLECTOR = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector"
 
@@ -36,7 +39,13 @@ def after_log_stats(stage: Stage) -> Callable[..., None]:
     """Hook on SGLang's own interval: at the log of a prefill, every few decodes, and now and then where idle."""
 
     def hook(_result: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
-        metrics: Metrics = collector.sglang_ext_metrics
-        metrics.update(stage.settings, stage.counters, stage.shadow)
+        metrics: Metrics | None = getattr(collector, "sglang_ext_metrics", None)
+        if metrics is None:
+            return
+        try:
+            metrics.update(stage.settings, stage.counters, stage.shadow)
+        except Exception:  # what only shows a server must not end it
+            collector.sglang_ext_metrics = None
+            logger.exception("the plugin's metrics are no longer updated after an error")
 
     return hook

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_ext.metrics import COUNTERS, GAUGES, PREFIX, Metrics, counted
 from sglang_ext.overlap import BOUNDS, Key
 from sglang_ext.settings import Settings
+from sglang_ext.sglang_metrics import after_log_stats
 from sglang_ext.stage import Stage
 from tests.sglang_ext.exposition import LABELS
 
@@ -142,6 +144,18 @@ def test_an_update_waits_for_no_device(monkeypatch):
     assert read("device_runs_total", phase="prefill", mode="misa") == 1
     with pytest.raises(AssertionError, match="read from the device"):
         stage.status()
+
+
+def test_an_error_ends_the_metrics_only(caplog):
+    def fails(*_given: Any) -> None:
+        raise OSError("no space left for a counter")
+
+    collector = SimpleNamespace(sglang_ext_metrics=SimpleNamespace(update=fails))
+    hook = after_log_stats(Stage(Settings(), {}))
+    for _ in range(3):
+        hook(None, collector, None)
+    [record] = caplog.records
+    assert "no longer updated" in record.getMessage() and record.exc_info
 
 
 # Who asks for them
