@@ -16,6 +16,7 @@ from indexer_kernels.checks import (
     check_tensor,
 )
 from indexer_kernels.page_layout import PAGE_TOKENS
+from indexer_kernels.page_means import update_last_page_means
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.reference import batches
 from indexer_kernels.row_plan import RowPlan
@@ -37,6 +38,7 @@ def select_rows(
     top_k_kernel: TopK | None = None,
     out: torch.Tensor | None = None,
     page_means: torch.Tensor | None = None,
+    update_means: bool = False,
 ) -> torch.Tensor:
     """The selection of `select_ragged` for the rows of a plan: int32 [M, top_k], -1 padded.
 
@@ -48,7 +50,9 @@ def select_rows(
     page_means [P, 128] bfloat16 holds the mean of every full page that some row sees (`indexer_kernels.page_means`).
     hisa reads them in place of keys, with the same selection. misa_rerank, which takes them for decode alone (a plan
     made by `plan_decode`), then keeps no tokens or pages but the top_blocks best blocks of block_size, scored by their
-    means with the routed heads: hisa whose block score sums over those heads. Errors as in `select_ragged`.
+    means with the routed heads: hisa whose block score sums over those heads. With update_means, for decode alone, the
+    call begins with `update_last_page_means` of its rows, which hisa's kernels do on the side; rows of one request then
+    may differ by at most 64 tokens. Errors as in `select_ragged`.
     """
     check_call(mode, backend, params)
     check_choice("output", output, OUTPUTS)
@@ -66,12 +70,15 @@ def select_rows(
         raise ValueError(f"out has {out.shape[0]} rows, must have at least the plan's {plan.num_rows}")
     if page_means is not None:
         check_choice("mode (page_means given)", mode, MEANS_MODES)
-        if mode == "misa_rerank" and plan.host_rows is not None:
-            raise ValueError("page_means with mode='misa_rerank' must come with a plan made by plan_decode")
+        for name, asked in (("mode='misa_rerank'", mode == "misa_rerank"), ("update_means", update_means)):
+            if asked and plan.host_rows is not None:
+                raise ValueError(f"page_means with {name} must come with a plan made by plan_decode")
         for name in ("block_size",) if mode == "hisa" else ("block_size", "route_block"):
             if getattr(params, name) % PAGE_TOKENS:
                 raise ValueError(f"{name}={getattr(params, name)} must be a multiple of {PAGE_TOKENS} with page_means")
         check_means("page_means", page_means, k_pages)
+    elif update_means:
+        raise ValueError("update_means=True must come with page_means")
     on_gpu = use_gpu(mode, q, params, backend)
     if page_means is not None and on_gpu:
         on_gpu = use_gpu("hisa", q, params, backend)  # blocks are chosen as hisa chooses them
@@ -79,6 +86,8 @@ def select_rows(
         from indexer_kernels.gpu import pipeline
 
         return pipeline.select_rows(
-            mode, q, weights, k_pages, page_table, plan, params, output, top_k_kernel, out, page_means
+            mode, q, weights, k_pages, page_table, plan, params, output, top_k_kernel, out, page_means, update_means
         )
+    if page_means is not None and update_means:
+        update_last_page_means(k_pages, page_table, plan.row_lengths, page_means, "reference")
     return batches.select_rows(mode, q, weights, k_pages, page_table, plan, params, output, out, page_means)

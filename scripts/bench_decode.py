@@ -25,7 +25,7 @@ from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_
 
 from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.page_layout import PAGE_BYTES, PAGE_TOKENS, pack_pages
-from indexer_kernels.page_means import page_mean_buffer, update_last_page_means, update_page_means
+from indexer_kernels.page_means import page_mean_buffer, update_page_means
 from indexer_kernels.row_plan import RowPlan, plan_decode
 from run_record import run_record
 from sglang_ext.sglang_hooks import sglang_top_k
@@ -106,7 +106,6 @@ class Case:
 
     def mode(self, name: str, plan: RowPlan, backend: str = "gpu", output: str = "slot") -> None:
         for layer in self.layers:
-            update_last_page_means(layer.pool, self.table, self.lengths, layer.means, backend="gpu")
             select_rows(
                 name,
                 layer.q,
@@ -120,6 +119,7 @@ class Case:
                 top_k_kernel=sglang_top_k if backend == "gpu" else None,
                 out=layer.out,
                 page_means=layer.means,
+                update_means=True,
             )
 
 

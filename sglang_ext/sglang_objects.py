@@ -28,6 +28,14 @@ def unsupported_reason(indexer: Any, attention: Any, pool: Any) -> str | None:
     return None
 
 
+def rows_are_close() -> bool:
+    """Whether the rows of one request of target-verify or draft-extend see lengths at most 64 tokens apart, as far as
+    is known.
+    """
+    drafts = getattr(attention_backend(), "speculative_num_draft_tokens", None)
+    return drafts is not None and 0 < drafts <= 65
+
+
 def output_form(metadata: Any, phase: str) -> OutputForm:
     """What the metadata's forward expects of an index: a physical slot, or a position in its request or its batch."""
     if metadata.force_unfused_topk:

@@ -116,8 +116,8 @@ def _after_cache_init(stage: Stage) -> Callable[..., None]:
         if kept is None:
             try:
                 # Released with the keys, and like them empty afterwards: SGLang drops every request then.
-                with cache.pool.memory_saver_adapter.region(_kv_memory()):
-                    kept = stage.allocate_statistics(cache, cache.buffer, cache.pool.start_layer)
+                memory = cache.pool.memory_saver_adapter.region(_kv_memory())
+                kept = stage.allocate_statistics(cache, cache.buffer, cache.pool.start_layer, memory)
             except torch.OutOfMemoryError:
                 kept = "statistics_memory"
         if isinstance(kept, str):
@@ -176,13 +176,14 @@ def _after_k_only(stage: Stage) -> Callable[..., None]:
 
 def _after_process_prebuilt(stage: Stage) -> Callable[..., None]:
     def hook(_result: None, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        caches = stage.statistics.caches()
         columns = -(-max(batch.seq_lens_cpu.tolist(), default=0) // 64)
-        if not columns:
+        if not caches or not columns:
             return
         slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices, : columns * 64 : 64]
         page_table, lengths = (slots // 64).to(torch.int32), batch.seq_lens.to(torch.int32)
         # The target's and a draft model's pools share slots, and both came over the network.
-        for cache, kept in stage.statistics.caches():
+        for cache, kept in caches:
             for layer_id in kept.layers():
                 stage.fill_means(kept, layer_id, cache.get_buffer(layer_id), page_table, lengths)
 

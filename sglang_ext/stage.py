@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +22,12 @@ from sglang_ext.forwards import (
     share_with_others,
 )
 from sglang_ext.layer_settings import LayerSettings, Variant
+from sglang_ext.model_settings import settings_of_model
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.runtime_switch import MODE_NUMBERS, RuntimeSwitch
-from sglang_ext.settings import Settings, load_settings
-from sglang_ext.settings_file import read_settings_file
+from sglang_ext.settings import Settings
+from sglang_ext.shadow import Shadow
 from sglang_ext.statistics import PoolStatistics, Statistics
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
@@ -50,6 +52,7 @@ class Stage:
         self._layer_settings = LayerSettings()
         self._obstacle: str | None = None
         self.counters = Counters()
+        self.shadow = Shadow.of(settings)
         self._environ = environ
         self._top_k_kernel = top_k_kernel
         self._models: set[Model] = set()
@@ -79,7 +82,9 @@ class Stage:
         if model in self._models:
             return
         if not self._models:
-            self._read_model_config(model_config, model)
+            settings = settings_of_model(self.settings, model_config, self._environ, num_heads, top_k)
+            if settings is not self.settings:
+                self.settings, self.shadow = settings, Shadow.of(settings)
             for phase, reason in policy.always_native(self.settings).items():
                 if not self._asks(phase):
                     logger.warning("%s mode auto is SGLang's own indexer with these settings: %s", phase, reason)
@@ -89,28 +94,27 @@ class Stage:
         if device.type != "cuda" or head_dim != 128 or top_k > 2048:
             return
         self.counters.prepare_device(device)
+        if self.shadow is not None:
+            self.shadow.overlaps.prepare(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
         variants = [one.settings for one in self._layer_settings.all(self.settings)]
         self._support.prepare(variants, q, top_k)
         reading = [settings for settings in variants if policy.needs_statistics(settings)]
-        if reading and all(self._support.phase_refusal(settings, "decode", q, top_k) for settings in reading):
-            self._no_statistics = "no_kernel"
+        if reading and len(self._models) == 1:  # a draft model that is refused has its reason in its own forwards
+            refused = all(self._support.phase_refusal(settings, "decode", q, top_k) for settings in reading)
+            self._no_statistics = "no_kernel" if refused else None
 
-    def refuse_model(self, reason: str) -> None:
-        """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
+    def refuse_model(self, reason: str, because: str = "") -> None:
+        """A model whose indexer is not hooked, or by others too: the end of the server under strict, if any mode was
+        asked for.
+        """
         self._obstacle = self._obstacle or reason
         if self._asks("prefill") or self._asks("decode"):
-            self._reject(f"{policy.UNSUPPORTED[reason]} ({reason})")
-
-    def yield_to(self, plugins: Sequence[str]) -> None:
-        """Other plugins hook the methods that select: theirs run, and this one stands back."""
-        self._obstacle = "other_plugin"
-        if self._asks("prefill") or self._asks("decode"):
-            self._reject(f"{policy.UNSUPPORTED['other_plugin']}: {'; '.join(plugins)} (other_plugin)")
+            self._reject(f"{policy.UNSUPPORTED[reason]}{because and ': '}{because} ({reason})")
 
     def knows_model(self) -> bool:
         """Whether an indexer was built, hooked or refused."""
-        return bool(self._layers) or self._obstacle is not None
+        return bool(self._models or self._layers or self._obstacle)
 
     def _asks(self, phase: str) -> bool:
         return any(policy.asks(phase, one.settings) for one in self._layer_settings.all(self.settings))
@@ -122,6 +126,11 @@ class Stage:
     def note_prompts(self, seen: Sequence[int], extend: Sequence[int], whole: list[int]) -> None:
         """The requests of the batch whose forward comes next, for native_tail_rows and traces."""
         self._prompts = Prompts(tuple(seen), tuple(extend), whole)
+
+    def tail_starts(self, seen: Sequence[int], extend: Sequence[int]) -> Sequence[int]:
+        """Per request of a prefill the first position that native_tail_rows keeps native, or one that it never sees."""
+        tail, whole = self.settings.native_tail_rows, prompt_lengths(self._prompts, tuple(seen), extend)
+        return [length - tail for length in whole] if tail and whole else seen
 
     def prefill(
         self,
@@ -200,6 +209,8 @@ class Stage:
             self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
+        elif self.shadow is not None and self.shadow.returned(forward.phase, mode, layer_id):
+            mode, reason = "native", policy.GUARD
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
         return mode != "native"
 
@@ -233,8 +244,11 @@ class Stage:
         form: OutputForm,
         out: torch.Tensor,
         page_means: torch.Tensor | None = None,
+        update_means: bool = False,
     ) -> None:
-        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any;
+        update_means: `step_means` is part of the selection.
+        """
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
@@ -256,6 +270,7 @@ class Stage:
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
                 page_means if mode in policy.STATISTICS_MODES else None,
+                update_means and mode in policy.STATISTICS_MODES,
             )
 
     def wants_statistics(self) -> bool:
@@ -263,11 +278,21 @@ class Stage:
         variants = self._layer_settings.all(self.settings)
         return self._no_statistics is None and any(policy.needs_statistics(one.settings) for one in variants)
 
-    def allocate_statistics(self, cache: object, keys: Sequence[torch.Tensor], start_layer: int) -> PoolStatistics:
-        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them."""
+    def allocate_statistics(
+        self,
+        cache: object,
+        keys: Sequence[torch.Tensor],
+        start_layer: int,
+        memory: AbstractContextManager[Any] | None = None,
+    ) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them.
+
+        memory: where the buffers are allocated; the counters, which outlive what they count, are not.
+        """
         for buffer in keys[:1]:
             self.counters.prepare_integrity(buffer.device)
-        return self.statistics.allocate(cache, keys, start_layer)
+        with memory or nullcontext():
+            return self.statistics.allocate(cache, keys, start_layer)
 
     def refuse_statistics(self, reason: str) -> None:
         """A pool has no block statistics: said at once, and the end of the server under strict."""
@@ -326,6 +351,7 @@ class Stage:
             "refused": sorted(self._support.rejected),
             "statistics": self.statistics.status(),
             **self.counters.snapshot(),
+            **({"shadow": self.shadow.status()} if self.shadow is not None else {}),
         }
 
     def prefill_mode_number(self, value: float) -> str:
@@ -358,18 +384,6 @@ class Stage:
     def settings_top_k(self) -> int:
         """Tokens the served model selects (the largest, where a draft model differs)."""
         return max((model.top_k for model in self._models), default=2048)
-
-    def _read_model_config(self, model_config: Mapping[str, Any], model: Model) -> None:
-        settings = load_settings(model_config, self._environ)
-        if settings.settings_file is not None:
-            file = read_settings_file(settings.settings_file)
-            file.check_model(model_config.get("num_hidden_layers"), model.num_heads, model.top_k)
-            logger.info("settings file %s, tuned on %s", file.path, dict(file.tuned_on) or "nothing: made by hand")
-        if settings.runtime_switch and not self.settings.runtime_switch:
-            raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
-        if settings != self.settings:
-            self.settings = settings
-            logger.info("settings with the model config's: %s", settings.as_dict())
 
     def _plan_trace(
         self, traces: TraceWriter, forward: Forward, seen: tuple[int, ...], extend: list[int], obstacle: str | None

@@ -24,5 +24,6 @@ def compile_sm90(
     names = list(signature)
     attributes: dict[tuple[int], list] = {(names.index(name),): [] for name in constants}
     attributes |= {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    attributes = dict(sorted(attributes.items()))  # Triton's cache tells orders apart
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))

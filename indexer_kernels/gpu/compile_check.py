@@ -87,10 +87,10 @@ def _decode_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]
     builders["candidate_counts"] = functools.partial(decode_scores_kernel.compile_counts, params)
     if "misa_rerank" in modes:
         builders["route_statistics"] = functools.partial(decode_scores_kernel.compile_statistics, num_heads, params)
-    for mode in ("misa_rerank", "hisa"):
-        if mode in modes:
-            builders[f"{mode} decode_scores"] = functools.partial(
-                decode_scores_kernel.compile_scores, num_heads, params, mode == "misa_rerank"
+    for mode, update in (("misa_rerank", False), ("hisa", False), ("hisa", True)):
+        if mode in modes and (not update or decode_scores_kernel.update_is_apart(params)):
+            builders[f"{mode} decode_scores{' and update' if update else ''}"] = functools.partial(
+                decode_scores_kernel.compile_scores, num_heads, params, mode == "misa_rerank", update
             )
     return builders | _select_builders(
         "block_select", params.top_blocks, params.block_size // 64, 1, params.local_tokens

@@ -1,17 +1,18 @@
 """Decode from stored page means, hisa's blocks and those of routed heads: which kernels run in which order.
 
-One row per request, lengths on the device alone. Per layer four launches (five with routed heads): block scores, the
-choice of blocks, DeepGEMM's logits, top-k. What depends on the lengths alone is made by the first layer of a forward
-(`RowPlan.for_one_forward`): a row's candidates are some of its blocks, but how many tokens they are follows from its
-length.
+One row per request, lengths on the device alone. Per layer four launches: block scores, and with them the update of the
+rows' last means; the choice of blocks; DeepGEMM's logits; top-k. With routed heads six. What depends on the lengths
+alone is made by the first layer of a forward (`RowPlan.for_one_forward`): a row's candidates are some of its blocks,
+but how many tokens they are follows from its length.
 """
 
 from typing import Any
 
 import torch
 
-from indexer_kernels.gpu.decode_scores_kernel import candidate_counts, decode_scores, route_statistics
+from indexer_kernels.gpu.decode_scores_kernel import candidate_counts, decode_scores, route_statistics, update_is_apart
 from indexer_kernels.gpu.deep_gemm_logits import MOST_ROWS, paged_logits, paged_schedule
+from indexer_kernels.gpu.page_means_kernel import update_means
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.target import PAGE_TOKENS
 from indexer_kernels.gpu.work import Work, num_sms, slices
@@ -21,8 +22,10 @@ from indexer_kernels.top_k import PlannedTopK
 PROGRAMS_PER_SM = 4
 
 
-def select_blocks(work: Work, routed: bool) -> None:
-    """hisa; with routed, only the heads that the block statistics choose score blocks."""
+def select_blocks(work: Work, routed: bool, update: bool) -> None:
+    """hisa; with routed, only the heads that the block statistics choose score blocks. With update, the means of the
+    rows' last full pages are made anew.
+    """
     plan, params = work.plan, work.params
     counts, contexts = plan.kept(
         ("candidates", params.block_size, params.top_blocks),
@@ -32,7 +35,7 @@ def select_blocks(work: Work, routed: bool) -> None:
     schedules = {
         rows: (_kept_schedule(work, rows, contexts), _kept_top_k_plan(work, rows, counts)) for rows in _slices(work)
     }
-    chosen = _choose(work, _block_scores(work, routed))
+    chosen = _choose(work, _block_scores(work, routed, update))
     table = chosen.physical if work.slots else chosen.logical
     for (start, stop), (schedule, top_k_plan) in schedules.items():
         rows = slice(start, stop)
@@ -64,12 +67,16 @@ def _kept_top_k_plan(work: Work, rows: tuple[int, int], counts: torch.Tensor) ->
     return work.plan.kept(key, lambda: top_k.plan(counts[slice(*rows)]))
 
 
-def _block_scores(work: Work, routed: bool) -> torch.Tensor:
+def _block_scores(work: Work, routed: bool, update: bool) -> torch.Tensor:
     """f32 [M, blocks], of the blocks that a row may choose by their score."""
     assert work.page_means is not None
+    together = update and not routed and update_is_apart(work.params)
+    if update and not together:
+        update_means(work.pool.pages, work.page_table, work.plan.row_lengths, work.page_means, None, last=True)
     read = (work.q, work.weights, work.page_means, work.page_table, work.plan.row_lengths, work.params)
     statistics = route_statistics(*read) if routed else None
-    return decode_scores(*read, PROGRAMS_PER_SM * num_sms(work.q.device), statistics)
+    updated = work.pool.pages if together else None
+    return decode_scores(*read, PROGRAMS_PER_SM * num_sms(work.q.device), statistics, updated)
 
 
 def _choose(work: Work, scores: torch.Tensor) -> Candidates:

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
+from indexer_kernels.gpu.page_means_kernel import page_mean
 from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT
-from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS
+from indexer_kernels.page_layout import HEAD_DIM, KEY_BYTES, PAGE_BYTES, PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 
 UNITS = 64  # blocks of one product
@@ -20,10 +21,10 @@ NUM_WARPS = 4
 STAGES = 3
 READ = ["q", "weights", "means", "page_table", "table_width", "lengths"]
 ROUTED = [*READ, "statistics", "chunks"]
-SCORED = [*ROUTED, "scores", "score_stride"]
+SCORED = [*ROUTED, "scores", "score_stride", "keys", "scales"]
 COUNTED = ["lengths", "counts", "contexts", "num_rows"]
 COUNT_ROWS = 128
-ALIGNED = {"q", "means"}  # to 16 bytes: rows of them are read whole
+ALIGNED = {"q", "means", "keys", "scales"}  # to 16 bytes: rows of them are read whole
 
 
 def _unaligned(names: list[str]) -> list[str]:
@@ -85,7 +86,7 @@ def scored_blocks(
     return tl.where(length > BUDGET * size, tl.maximum(length - LOCAL, 0) // size, 0)
 
 
-@triton.jit(do_not_specialize=ROUTED, do_not_specialize_on_alignment=_unaligned(ROUTED))
+@triton.jit(do_not_specialize=_unaligned(ROUTED), do_not_specialize_on_alignment=_unaligned(ROUTED))
 def route_statistics_kernel(
     q,  # [M, H, DIM] fp8
     weights,  # not read
@@ -148,7 +149,27 @@ def routed_gates(
     return tl.where(tl.sum(ahead.to(tl.int32), axis=1) < ACTIVE, weight, 0.0)
 
 
-@triton.jit(do_not_specialize=SCORED, do_not_specialize_on_alignment=_unaligned(SCORED))
+@triton.jit
+def update_last_mean(
+    keys,
+    scales,
+    means,
+    table,
+    length,
+    DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+):
+    """The mean of a row's last full page, if it has one."""
+    last = length // PAGE_TOKENS - 1
+    if last >= 0:
+        page = tl.load(table + last + tl.arange(0, 1)).to(tl.int64)
+        mean = page_mean(keys, scales, page, DIM, PAGE_TOKENS, PAGE_BYTES, KEY_BYTES)
+        tl.store(means + page[:, None] * DIM + tl.arange(0, DIM)[None, :], mean)
+
+
+@triton.jit(do_not_specialize=_unaligned(SCORED), do_not_specialize_on_alignment=_unaligned(SCORED))
 def decode_scores_kernel(
     q,  # [M, H, DIM] fp8
     weights,  # [M, H] f32
@@ -160,6 +181,9 @@ def decode_scores_kernel(
     chunks,
     scores,  # [M, score_stride] f32 out, of blocks that may be chosen by their score
     score_stride,
+    keys,  # the cache's bytes as fp8, read where UPDATE
+    scales,  # the cache's bytes as f32
+    UPDATE: tl.constexpr,
     ACTIVE: tl.constexpr,
     BY_SUM: tl.constexpr,
     ROUTE_TOKENS: tl.constexpr,
@@ -171,11 +195,21 @@ def decode_scores_kernel(
     PAGE_TOKENS: tl.constexpr,
     UNITS: tl.constexpr,
     STAGES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
 ):
+    """UPDATE: the first program of each row updates the mean of its last full page, which no row scores meanwhile
+    (`update_is_apart`).
+    """
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + row)
+    table = page_table + row * table_width
+    if UPDATE:  # noqa: SIM102 - known when compiled, unlike what is inside
+        if tl.program_id(0) == 0:
+            update_last_mean(keys, scales, means, table, length, DIM, PAGE_TOKENS, PAGE_BYTES, KEY_BYTES)
+            return
     last = scored_blocks(length, PAGE_TOKENS, BLOCK_PAGES, BUDGET, LOCAL_TOKENS)
-    first = tl.program_id(0) * UNITS
+    first = (tl.program_id(0) - UPDATE) * UNITS
     if first >= last:
         return
     query = transposed_query(q, row, HEADS, DIM)
@@ -184,9 +218,8 @@ def decode_scores_kernel(
         used = tl.cdiv(length // ROUTE_TOKENS, UNITS)
         weight = routed_gates(weight, statistics + row * chunks * HEADS, used, ACTIVE, BY_SUM, HEADS)
     weight = weight * scale_of(BLOCK_PAGES)
-    table = page_table + row * table_width
     out = scores + row * score_stride
-    for start in tl.range(first, last, tl.num_programs(0) * UNITS, num_stages=STAGES):
+    for start in tl.range(first, last, (tl.num_programs(0) - UPDATE) * UNITS, num_stages=STAGES):
         unit = start + tl.arange(0, UNITS)
         product = products(query, means, table, unit, last, BLOCK_PAGES, DIM)
         tl.store(out + unit, tl.sum(product * weight[None, :], axis=1), mask=unit < last)
@@ -254,18 +287,21 @@ def decode_scores(
     params: IndexerParams,
     programs: int,
     statistics: torch.Tensor | None = None,
+    k_pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out[m, b] = sum_h w[m, h] * relu(q[m, h] . kbar[b]) for the full blocks b of row m that are not forced: f32
     [M, >= blocks], rows ROW_ALIGNMENT apart.
 
     Shapes as in `route_statistics`; with its statistics only the heads they choose are summed. About `programs`
     programs share the work. The columns of forced last blocks hold anything, and so do rows that keep all their blocks.
+
+    k_pages [P, 8448] uint8: the means of the rows' last full pages are updated besides (`update_is_apart`).
     """
     rows, heads = weights.shape
     columns = -(-page_table.shape[1] * PAGE_TOKENS // (params.block_size * ROW_ALIGNMENT)) * ROW_ALIGNMENT
     scores = weights.new_empty((rows, columns))
-    splits = min(-(-columns // UNITS), max(1, programs // rows))
-    decode_scores_kernel[(splits, rows)](
+    splits, update = min(-(-columns // UNITS), max(1, programs // rows)), k_pages is not None
+    decode_scores_kernel[(splits + update, rows)](
         q,
         weights,
         means,
@@ -276,10 +312,23 @@ def decode_scores(
         0 if statistics is None else statistics.shape[1],
         scores,
         scores.stride(0),
-        **_score_constants(heads, params, statistics is not None),
+        q if k_pages is None else k_pages.view(q.dtype),
+        weights if k_pages is None else k_pages.view(weights.dtype),
+        **_score_constants(heads, params, statistics is not None, update),
         num_warps=NUM_WARPS,
     )
     return scores
+
+
+def update_is_apart(params: IndexerParams) -> bool:
+    """Whether block scores may be made while the means of the rows' last full pages are updated.
+
+    A row's last full page ends behind its last 64 tokens' start, and scored blocks end ahead of its last local_tokens.
+    So with 128 local tokens no row scores a page that is the last full one of another row of its request, up to 64
+    tokens before it. Where different requests share a page, it was filled and its mean stored long before, and what is
+    written are the same bits.
+    """
+    return params.local_tokens >= 2 * PAGE_TOKENS
 
 
 def candidate_counts(lengths: torch.Tensor, params: IndexerParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,8 +355,9 @@ def _statistics_constants(heads: int, params: IndexerParams) -> dict[str, int]:
     }
 
 
-def _score_constants(heads: int, params: IndexerParams, routed: bool) -> dict[str, int]:
+def _score_constants(heads: int, params: IndexerParams, routed: bool, update: bool) -> dict[str, int]:
     return {
+        "UPDATE": int(update),
         "ACTIVE": params.active_heads if routed else 0,
         "BY_SUM": routed and params.route_statistic == "sum",
         "ROUTE_TOKENS": params.route_block if routed else PAGE_TOKENS,
@@ -319,6 +369,8 @@ def _score_constants(heads: int, params: IndexerParams, routed: bool) -> dict[st
         "PAGE_TOKENS": PAGE_TOKENS,
         "UNITS": UNITS,
         "STAGES": STAGES,
+        "PAGE_BYTES": PAGE_BYTES,
+        "KEY_BYTES": KEY_BYTES,
     }
 
 
@@ -340,6 +392,8 @@ _KINDS = {
     "chunks": "i32",
     "scores": "*fp32",
     "score_stride": "i32",
+    "keys": "*fp8e4nv",
+    "scales": "*fp32",
     "num_rows": "i32",
 }
 
@@ -354,8 +408,8 @@ def compile_statistics(heads: int, params: IndexerParams):
     return _compile(route_statistics_kernel, ROUTED, _statistics_constants(heads, params))
 
 
-def compile_scores(heads: int, params: IndexerParams, routed: bool):
-    return _compile(decode_scores_kernel, SCORED, _score_constants(heads, params, routed))
+def compile_scores(heads: int, params: IndexerParams, routed: bool, update: bool):
+    return _compile(decode_scores_kernel, SCORED, _score_constants(heads, params, routed, update))
 
 
 def compile_counts(params: IndexerParams):

@@ -12,7 +12,7 @@ from indexer_kernels.row_plan import TILE_ROWS
 
 HEADS = 16  # heads of one program
 NUM_WARPS = 4
-DYNAMIC = ["q", "weights", "rows", "places", "num_heads", "proxy_q", "proxy_gates"]
+DYNAMIC = ["rows", "places", "num_heads"]
 
 
 class PackedProxies(NamedTuple):
@@ -36,7 +36,7 @@ def proxy_column(place, head, num_heads):
     return ((quad * (num_heads // 2) + head // 2) * 4 + place % 8 // 2) * 2 + head % 2
 
 
-@triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=["rows", "places", "num_heads"])
+@triton.jit(do_not_specialize=DYNAMIC, do_not_specialize_on_alignment=DYNAMIC)
 def group_proxy_kernel(
     q,  # [M, num_heads, DIM] fp8
     weights,  # [M, num_heads] f32

@@ -39,7 +39,7 @@ def page_mean(
     return (total * (1.0 / TOKENS)).to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=UPDATED, do_not_specialize_on_alignment=_unaligned(UPDATED))
+@triton.jit(do_not_specialize=_unaligned(UPDATED), do_not_specialize_on_alignment=_unaligned(UPDATED))
 def update_means_kernel(
     keys,  # the cache's bytes as fp8
     scales,  # the cache's bytes as f32
@@ -73,7 +73,7 @@ def update_means_kernel(
     tl.store(place, mean, mask=(number < full)[:, None])
 
 
-@triton.jit(do_not_specialize=CHECKED, do_not_specialize_on_alignment=_unaligned(CHECKED))
+@triton.jit(do_not_specialize=_unaligned(CHECKED), do_not_specialize_on_alignment=_unaligned(CHECKED))
 def check_means_kernel(
     keys,
     scales,
@@ -132,7 +132,7 @@ def block_of_pages(
     return (total * (1.0 / BLOCK_PAGES)).to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=BLOCKS, do_not_specialize_on_alignment=_unaligned(BLOCKS))
+@triton.jit(do_not_specialize=_unaligned(BLOCKS), do_not_specialize_on_alignment=_unaligned(BLOCKS))
 def block_means_kernel(
     keys,
     scales,

@@ -45,6 +45,7 @@ def select_rows(
     top_k_kernel: TopK | None = None,
     out: torch.Tensor | None = None,
     page_means: torch.Tensor | None = None,
+    update_means: bool = False,
 ) -> torch.Tensor:
     """`indexer_kernels.select_rows` on the GPU: int32 [M, top_k], launched on the current stream, nothing read back."""
     num_rows = plan.num_rows
@@ -73,7 +74,7 @@ def select_rows(
         page_means,
     )
     if page_means is not None and plan.host_rows is None:
-        decode.select_blocks(work, routed=mode == "misa_rerank")
+        decode.select_blocks(work, routed=mode == "misa_rerank", update=update_means)
     else:
         _mode(mode, params)(work)
     return out

@@ -1,6 +1,8 @@
 """Every TileLang and Triton kernel, compiled for sm_90a on a machine without a GPU: no spills, no vanished products."""
 
 import functools
+import re
+import subprocess
 
 import pytest
 
@@ -23,7 +25,7 @@ from indexer_kernels.gpu import (
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all, kernel_builders
 from indexer_kernels.params import IndexerParams
-from tests.support.sm90a import compile_sm90a, opcodes_of
+from tests.support.sm90a import TRITON_TOOLS, compile_sm90a, opcodes_of
 
 # name: (prim_func, matrix instructions it must keep: one per 32 bytes of head dim in fp8, per 16 elements in bf16;
 # three times as many where a loop is pipelined, which peels its last two turns)
@@ -190,27 +192,32 @@ def test_what_a_routed_mode_compiles(mode, unit, names):
 
 def test_what_hisa_compiles():
     prefill = {"block_means 128", "block_means 128 stored", "block_score H=32"}
-    assert set(kernel_builders(IndexerParams(), 32, ("hisa",))) == prefill | DECODE | {"hisa decode_scores"}
+    scores = {"hisa decode_scores", "hisa decode_scores and update"}
+    assert set(kernel_builders(IndexerParams(), 32, ("hisa",))) == prefill | DECODE | scores
+    near = kernel_builders(IndexerParams(local_tokens=127), 32, ("hisa",))
+    assert "hisa decode_scores and update" not in near, "pages updated might be pages scored"
     odd = kernel_builders(IndexerParams(block_size=96), 32, ("misa_rerank",))
     assert "page_means" in odd and not set(odd) & {"route_statistics", "candidate_counts", "misa_rerank decode_scores"}
 
 
 @pytest.mark.parametrize("num_heads", [64, 32])
-@pytest.mark.parametrize("kernel", ["scores", "routed scores", "statistics"])
+@pytest.mark.parametrize("kernel", ["scores", "scores and update", "routed scores", "statistics"])
 def test_decode_scores_read_means_in_whole_vectors_ahead_of_their_use(kernel, num_heads, tmp_path):
     if kernel == "statistics":
         compiled = decode_scores_kernel.compile_statistics(num_heads, IndexerParams())
     else:
-        compiled = decode_scores_kernel.compile_scores(num_heads, IndexerParams(), kernel == "routed scores")
+        setting = (kernel == "routed scores", kernel == "scores and update")
+        compiled = decode_scores_kernel.compile_scores(num_heads, IndexerParams(), *setting)
     opcodes = triton_opcodes(compiled, tmp_path)
     products = {opcode: count for opcode, count in opcodes.items() if "GMMA" in opcode}
     assert products == {f"HGMMA.64x{num_heads}x16.F32.BF16": 8}, "64 blocks, one instruction per 16 dimensions"
     vectors = sum(count for opcode, count in opcodes.items() if opcode.startswith("LDG") and opcode.endswith(".128"))
     assert vectors >= 16, "two pages of 64 blocks by 128 threads"
-    assert not [opcode for opcode in opcodes if opcode.startswith("LDG") and ".U" in opcode]
+    narrow = sum(count for opcode, count in opcodes.items() if opcode.startswith("LDG") and ".U" in opcode)
+    assert narrow == (64 if kernel == "scores and update" else 0), "a dimension per thread of the page that is updated"
     if kernel != "statistics":
         assert opcodes["LDGSTS.E.BYPASS.128"] >= 16, "the loop must be pipelined"
-        assert compiled.metadata.shared <= 56 * 1024, "four programs an SM"
+        assert compiled.metadata.shared <= 56 * 1024 and registers(tmp_path) <= 128, "four programs an SM"
     assert opcodes["HADD2.BF16_V2"] == 32, "pairs of means are added as pairs"
 
 
@@ -231,6 +238,12 @@ def test_page_means_add_in_one_order(compiled, tmp_path):
     opcodes = triton_opcodes(compiled(), tmp_path)
     assert opcodes["FFMA"] == 4 * 64 and opcodes["FADD"] in (0, 4), "a block adds its pages up"
     assert not [opcode for opcode in opcodes if opcode.startswith("LDG.E.U8")]
+
+
+def registers(folder):
+    """Of a thread of the kernel that `triton_opcodes` was asked for last."""
+    command = [TRITON_TOOLS / "cuobjdump", "-res-usage", str(folder / "kernel.cubin")]
+    return int(re.search(r"REG:(\d+)", subprocess.run(command, capture_output=True, text=True).stdout).group(1))
 
 
 def triton_opcodes(compiled, folder):
@@ -255,8 +268,10 @@ def test_runtime_arguments_specialise_on_alignment_alone(module, kernel, names):
     """Tensors whose rows are read whole: torch aligns them, always, so there is one variant all the same."""
     runtime = [param for param in getattr(module, kernel).params if not param.is_constexpr]
     assert [param.name for param in runtime] == getattr(module, names)
-    assert all(param.do_not_specialize for param in runtime)
-    assert {param.name for param in runtime if not param.do_not_specialize_on_alignment} <= module.ALIGNED
+    for param in runtime:
+        aligned = param.name in module.ALIGNED
+        assert param.do_not_specialize == param.do_not_specialize_on_alignment == (not aligned)
+        assert not aligned or param.name in ("q", "means", "page_means", "out", "keys", "scales"), "never a number"
 
 
 def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):

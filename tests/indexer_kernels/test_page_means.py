@@ -151,8 +151,23 @@ def test_a_plan_for_one_forward_selects_the_same(batch):
     assert torch.equal(once, select_rows("hisa", *batch.paged[:4], plan, **arguments))
 
 
+@pytest.mark.parametrize("mode", ["hisa", "misa_rerank"])
+def test_the_last_means_may_be_updated_on_the_way(batch, mode):
+    plan = plan_decode(tensors(batch)[2], batch.page_table.shape[1])
+    means, stale = means_of(batch), means_of(batch)
+    last = [int(batch.page_table[r, length // 64 - 1]) for r, length in enumerate(batch.lengths) if length >= 64]
+    stale[last] = 7.0
+    want = select_rows(mode, *batch.paged[:4], plan, PARAMS, page_means=means)
+    got = select_rows(mode, *batch.paged[:4], plan, PARAMS, page_means=stale, update_means=True)
+    assert torch.equal(got, want) and torch.equal(stale.view(torch.int16), means.view(torch.int16))
+
+
 def test_what_is_refused(batch):
     means = means_of(batch)
+    with pytest.raises(ValueError, match="^page_means with update_means must come with a plan made by plan_decode"):
+        select_rows("hisa", *batch.paged, PARAMS, page_means=means, update_means=True)
+    with pytest.raises(ValueError, match="^update_means=True must come with page_means"):
+        select_rows("hisa", *batch.paged, PARAMS, update_means=True)
     for mode in ("native", "misa", "group_rerank"):
         with pytest.raises(ValueError, match=re.escape(f"mode (page_means given)='{mode}' must be one of ('hisa', ")):
             select_rows(mode, *batch.paged, PARAMS, page_means=means)

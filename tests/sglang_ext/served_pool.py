@@ -56,7 +56,8 @@ class Server:
     """A pool and what SGLang does with it: allocation of pages, stores of keys, calls of the (hooked) indexer."""
 
     def __init__(self, pool: Any, seed: int = 0) -> None:
-        self.pool = pool
+        self.pool, self.unfused = pool, True
+        self.backend: dict[str, Any] = {}  # attributes of SGLang's attention backend
         self.free = list(range(pool.index_key_cache.buffer[0].shape[0] - 1, 0, -1))
         self.random = torch.Generator().manual_seed(seed)
         self.layers = [pool.start_layer + i for i, keys in enumerate(pool.index_key_cache.buffer) if len(keys)]
@@ -107,6 +108,11 @@ class Server:
                     Indexer._forward_cuda_k_only(indexer(), None, None, fields, layer, None, found, False)
                 else:
                     Indexer._get_topk_ragged(indexer(), False, fields, layer, *self.queries(len(seen)), found, None)
+
+    def idle(self, rows: int) -> list[torch.Tensor]:
+        """The forward of a data-parallel rank without requests in a graph: rows of one token on the padding page."""
+        found = self.metadata([Request([0])] * rows, [1] * rows, [1] * rows, [1] * rows)
+        return self.paged(found, ForwardMode.IDLE, rows)
 
     def decode(self, requests: Sequence[Request], padding: int = 0) -> list[torch.Tensor]:
         """One token more for each request, and rows that only pad a graph's batch; every layer's selection."""
@@ -161,12 +167,12 @@ class Server:
         return DSAIndexerMetadata(
             attn_metadata=DSAMetadata(**fields),
             topk_transform_method=TopkTransformMethod.PAGED,
-            force_unfused_topk=True,
+            force_unfused_topk=self.unfused,
         )
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        with serving(self.pool):
+        with serving(self.pool, **self.backend):
             yield
 
     def wrong(self, request: Request, length: int) -> list[tuple[int, int]]:

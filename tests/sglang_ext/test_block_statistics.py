@@ -14,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from indexer_kernels import select_rows
 from indexer_kernels.page_means import page_mean_buffer, update_page_means
 from indexer_kernels.row_plan import plan_decode
+from sglang_ext import runner
 from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
 from tests.sglang_ext import patched_indexer as sut
@@ -221,6 +222,29 @@ def test_selection_reads_the_layers_own_means(stage, server):
         assert torch.equal(got, want) and not torch.equal(got, without)
 
 
+def test_slots_where_sglang_fuses(stage, server):
+    request, twin = Request(), Server(make_pool(40, (False, True, False), start_layer=3))
+    server.extend([(request, 700)])
+    twin.extend([(same := Request(), 700)])
+    twin.unfused = False
+    for positions, slots in zip(server.decode([request], padding=2), twin.decode([same], padding=2)):
+        want = [same.pages[p // 64] * 64 + p % 64 for p in positions[0].tolist()]
+        assert sorted(slots[0].tolist()) == sorted(want) and len(set(want)) == sut.TOP_K
+        assert slots[1:].tolist() == [[0] + [-1] * (sut.TOP_K - 1)] * 2, (
+            "padding rows see the padding page's first token"
+        )
+
+
+def test_idle_ranks_touch_nothing(stage, server):
+    request = Request()
+    server.extend([(request, 130)])
+    before = [means.clone() for means in server.statistics().means]
+    for rows in server.idle(3):
+        assert rows[:, 0].tolist() == [0, 0, 0] and (rows[:, 1:] == -1).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, server.statistics().means))
+    assert integrity(stage)[1] == 0
+
+
 def test_a_stale_mean_is_found_and_changes_what_is_selected(stage, server):
     request = Request()
     server.extend([(request, 700)])
@@ -256,20 +280,49 @@ def test_native_decode_keeps_them_right_too(stage, server, installed):
 # Speculation
 
 
-@pytest.mark.parametrize("drafts", [2, 5, 64, 70])
-def test_rejected_drafts(stage, server, drafts):
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("drafts", [2, 5, 65, 70])
+def test_rejected_drafts(stage, server, drafts, checked):
     """Pages that filled with drafts and were written over, at any speed of acceptance."""
     stage_draws = random.Random(drafts)
+    object.__setattr__(stage.settings, "check_integrity", checked)
+    server.backend["speculative_num_draft_tokens"] = drafts
     request, other = Request(), Request()
-    server.extend([(request, 50), (other, 127)])
-    for step in range(60 if drafts < 64 else 6):
+    server.extend([(request, 62), (other, 127)])
+    for step in range(40 if drafts < 64 else 4):
         selected = server.verify([request, other], drafts)
         assert [len(rows) for rows in selected] == [2 * drafts] * 2
         for one in (request, other):
             assert server.wrong(one, one.length + drafts) == [], f"step {step}: what its longest row reads"
             one.length += stage_draws.choice([1, 1, drafts, stage_draws.randint(1, drafts)])
-    assert min(request.length, other.length) > 128, "more than a page was filled"
+    assert request.length > 64 and other.length > 128, "pages were filled"
     assert integrity(stage)[1] == 0 and counted(stage) == {("hisa", "configured")}
+
+
+@pytest.mark.parametrize(
+    ("checked", "drafts", "backend", "together"),
+    [(False, 0, None, True), (True, 0, None, False), (False, 4, 4, True), (True, 4, 4, False)]
+    + [(False, 4, None, False), (False, 66, 66, False), (False, 65, 65, True)],
+)
+def test_the_update_is_part_of_the_selection(stage, server, monkeypatch, checked, drafts, backend, together):
+    """Unless it must be compared first, or rows of a request may lie further apart than the kernels allow."""
+    object.__setattr__(stage.settings, "check_integrity", checked)
+    server.backend |= {} if backend is None else {"speculative_num_draft_tokens": backend}
+    asked: list[bool] = []
+    select = runner.select_rows
+
+    def spy(*args: object, update_means: bool, **kwargs: object) -> torch.Tensor:
+        asked.append(update_means)
+        return select(*args, update_means=update_means, **kwargs)
+
+    monkeypatch.setattr(runner, "select_rows", spy)
+    request = Request()
+    server.extend([(request, 62)])
+    if drafts:
+        server.verify([request], drafts)
+    else:
+        server.decode([request])
+    assert asked == [together] * 2
 
 
 def test_draft_steps_and_draft_extends(stage):

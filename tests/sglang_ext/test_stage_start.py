@@ -204,6 +204,15 @@ def test_no_statistics_for_a_mode_without_kernels(gpu, kind):
     assert stage.wants_statistics() == (kind is None)
 
 
+def test_a_draft_model_without_kernels_leaves_the_served_models_statistics(gpu):
+    own = {"prefill_mode": "native", "decode_mode": "hisa"}
+    stage = Stage(Settings(**own), {})
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    gpu.refusal["hisa"] = "no such heads"
+    stage.start({"sglang_ext": own}, 0, 8, 128, 2048, gpu.device)
+    assert len(stage.status()["refused"]) == 1 and stage.wants_statistics()
+
+
 def test_decode_misa_rerank_needs_hisas_kernels_too(gpu, caplog):
     """From stored statistics it chooses blocks as hisa does."""
     own = {"prefill_mode": "native", "decode_mode": "misa_rerank"}

@@ -202,6 +202,24 @@ def test_nothing_is_counted_where_nothing_will_be_allocated(stage, sizes):
     assert sizes(61, index_kpool=4) == 61 * 33
 
 
+def test_they_are_released_with_the_keys_and_what_is_counted_is_not(stage, monkeypatch):
+    """SGLang can give the pool's memory back for a while (release_memory_occupation)."""
+    pool, log = make_pool(4), []
+
+    @contextlib.contextmanager
+    def region(kind: str) -> Iterator[None]:
+        log.append(f"enter {kind}")
+        yield
+        log.append("leave")
+
+    pool.memory_saver_adapter = SimpleNamespace(region=region)
+    make, count = statistics.page_mean_buffer, stage.counters.prepare_integrity
+    monkeypatch.setattr(statistics, "page_mean_buffer", lambda *args: log.append("means") or make(*args))
+    monkeypatch.setattr(stage.counters, "prepare_integrity", lambda device: log.append("counters") or count(device))
+    index_key_cache.IndexKeyCache(pool, 128)
+    assert log == ["enter kv_cache", "leave", "counters", "enter kv_cache", "means", "leave"]
+
+
 # On a stream of their own
 
 

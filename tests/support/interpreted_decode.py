@@ -140,6 +140,7 @@ def check_blocks(batch: Batch) -> None:
 
 
 def check_decode(batch: Batch, plan: RowPlan, means: torch.Tensor, mode: str, params: IndexerParams) -> None:
+    """means: the kernel's."""
     lengths, top_k = plan.row_lengths.tolist(), CountingTopK()
     tensors = (batch.q, batch.weights, batch.k_pages, batch.page_table)
     once = plan.for_one_forward()
@@ -152,7 +153,14 @@ def check_decode(batch: Batch, plan: RowPlan, means: torch.Tensor, mode: str, pa
     slots = pipeline.select_rows(mode, *tensors, once, params, output="slot", **arguments)
     assert top_k.plans == 1 and top_k.calls == 2, "one plan for two layers"
     assert torch.equal(slots.sort(1).values, positions_to_slots(got, batch.page_table).sort(1).values)
-    assert torch.equal(pipeline.select_rows(mode, *tensors, plan, params, **arguments), got) and top_k.plans == 2
+    # The last means made on the way are those made before, where local tokens are enough to do it on the side or not.
+    last = (plan.row_lengths // PAGE_TOKENS - 1).clamp_min(0).long()
+    last = batch.page_table.gather(1, last[:, None])[plan.row_lengths >= PAGE_TOKENS, 0].long()
+    stale = means.clone()
+    stale[last] = 5.0
+    again = pipeline.select_rows(mode, *tensors, plan, params, **(arguments | {"page_means": stale}), update_means=True)
+    assert torch.equal(again, got) and top_k.plans == 2, "without a plan for one forward, each layer makes its own"
+    assert torch.equal(stale[last], means[last]) and torch.equal(stale.isnan(), means.isnan())
 
 
 def main() -> None:
@@ -166,7 +174,8 @@ def main() -> None:
     check_blocks(pages)
     for num_heads in (64, 32):
         batch = make_batch(LENGTHS, 1, num_heads=num_heads, seed=5)
-        means = whole_means(batch, torch.tensor(LENGTHS, dtype=torch.int32))
+        means = poisoned(batch)
+        kernel(page_means.update_page_means, batch.k_pages, batch.page_table, batch.plan.request_lengths, means)
         for seen in SEEN:
             plan = plan_decode(torch.tensor(seen, dtype=torch.int32), batch.page_table.shape[1])
             for params in SETTINGS if num_heads == 64 else SETTINGS[:1]:

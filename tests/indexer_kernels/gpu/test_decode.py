@@ -208,10 +208,10 @@ def test_large_batches_are_their_rows(mode, rows):
         assert torch.equal(alone.sort(1).values, got[part])
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("num_heads", [64, 32])
+@pytest.mark.parametrize("on_the_way", [False, True], ids=["updates apart", "updates on the way"])
+@pytest.mark.parametrize(("num_heads", "layers"), [(64, 1), (64, 3), (32, 3)])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_graph_follows_lengths_and_keys(mode, num_heads, layers):
+def test_a_graph_follows_lengths_and_keys(mode, num_heads, layers, on_the_way):
     """A step as a server captures it: update and selection of every layer, what depends on lengths made by the first.
 
     Replayed at other lengths, with padded rows on page 0, and after pages were written anew.
@@ -226,9 +226,11 @@ def test_a_graph_follows_lengths_and_keys(mode, num_heads, layers):
     def step() -> None:
         plan = plan_decode(lengths, tables[0].shape[1]).for_one_forward()
         for batch, means, table, out in zip(batches, buffers, tables, outs):
-            update_last_page_means(batch.k_pages, table, lengths, means, backend="gpu")
+            if not on_the_way:
+                update_last_page_means(batch.k_pages, table, lengths, means, backend="gpu")
             tensors = (batch.q, batch.weights, batch.k_pages, table)
-            select_rows(mode, *tensors, plan, params, "gpu", top_k_kernel=top_k, out=out, page_means=means)
+            given = {"page_means": means, "update_means": on_the_way}
+            select_rows(mode, *tensors, plan, params, "gpu", top_k_kernel=top_k, out=out, **given)
 
     step()
     graph = torch.cuda.CUDAGraph()

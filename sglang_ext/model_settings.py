@@ -1,0 +1,30 @@
+"""What the served model says of the settings: its config's own, and whether a settings file was made for it."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_ext.settings import Settings, load_settings
+from sglang_ext.settings_file import read_settings_file
+
+logger = logging.getLogger("sglang_ext")
+
+
+def settings_of_model(
+    so_far: Settings, model_config: Mapping[str, Any], environ: Mapping[str, str], num_heads: int, top_k: int
+) -> Settings:
+    """The settings with the model config's among their sources; `so_far` itself where they are the same.
+
+    Raises ValueError for a wrong setting, a settings file of another model, or what must be known before the model is.
+    """
+    settings = load_settings(model_config, environ)
+    if settings.settings_file is not None:
+        file = read_settings_file(settings.settings_file)
+        file.check_model(model_config.get("num_hidden_layers"), num_heads, top_k)
+        logger.info("settings file %s, tuned on %s", file.path, dict(file.tuned_on) or "nothing: made by hand")
+    if settings.runtime_switch and not so_far.runtime_switch:
+        raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
+    if settings == so_far:
+        return so_far
+    logger.info("settings with the model config's: %s", settings.as_dict())
+    return settings
