@@ -19,6 +19,7 @@ AUTO_DECODE_NATIVE = "auto_decode_native"  # `auto` decode: no break-even is mea
 PAGE_CANDIDATES = "page_candidates"  # `auto` prefill: whole pages lose too many of native's tokens (docs/quality.md)
 NATIVE_LAYER = "native_layer"
 PROMPT_UNKNOWN = "prompt_unknown"  # native_tail_rows in a forward without requests: SGLang's warm-up and graph capture
+GUARD = "guard"  # the layer's overlap with native stayed under guard_overlap
 BY_CHOICE = frozenset(
     {
         CONFIGURED,
@@ -30,6 +31,7 @@ BY_CHOICE = frozenset(
         PAGE_CANDIDATES,
         NATIVE_LAYER,
         PROMPT_UNKNOWN,
+        GUARD,
     }
 )
 # Reasons by which a requested mode could not run; strict ends the server on them.

@@ -12,7 +12,9 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_ext.forwards import Forward
+from sglang_ext.overlap import Key
 from sglang_ext.sglang_hook import Hook
+from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
 from sglang_ext.sglang_objects import (
     current_pool,
     indexer_device,
@@ -21,6 +23,7 @@ from sglang_ext.sglang_objects import (
     rows_are_close,
     unsupported_reason,
 )
+from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
 from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
 from sglang_ext.stage import Stage
 from sglang_ext.statistics import PoolStatistics, beside
@@ -65,7 +68,7 @@ def hooks() -> tuple[Hook, ...]:
             f"{FORWARD_BATCH}.init_new",
             HookType.AFTER,
             ("batch", "model_runner"),
-            "note how long each prompt is, for native_tail_rows and traces",
+            "note how long each prompt is, for native_tail_rows and traces; ask the guard",
             _after_forward_batch,
         ),
         Hook(
@@ -86,6 +89,10 @@ def wanted_hooks(runtime_switch: bool) -> list[Hook]:
         why = "refuse models whose indexer is another class, which no hook reaches"
         target, parameters = f"{KPOOL_INDEXER}.__init__", ("self", "hidden_size", "index_n_heads")
         wanted.append(Hook(target, HookType.AFTER, parameters, why, _after_kpool_init))
+    if has_collector():
+        why = "show counters and overlap at /metrics"
+        wanted.append(Hook(f"{COLLECTOR}.__init__", HookType.AFTER, ("self", "labels"), why, after_collector_init))
+        wanted.append(Hook(f"{COLLECTOR}.log_stats", HookType.AFTER, ("self", "stats"), why, after_log_stats))
     if runtime_switch:
         why = "let POST /set_internal_state change the prefill mode (runtime_switch)"
         wanted.append(
@@ -164,6 +171,8 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
         stage.start(
             fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, indexer_device(indexer)
         )
+        if stage.shadow is not None and stage.shadow.guard is not None:
+            check_guard()
 
     return hook
 
@@ -198,7 +207,20 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
             stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
+        select = functools.partial(
+            _select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result
+        )
+        if (shadow := stage.shadow) is None:
+            return select()
+        given = (original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata)
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: plan_prefill(stage, shadow, metadata, q_fp8.device),
+            select=select,
+            native=lambda sample: native_prefill_rows(*given, sample),
+        )
 
     return hook
 
@@ -231,15 +253,15 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             unsupported=lambda: unsupported_reason(indexer, attention, pool) or stage.statistics_obstacle(kept),
         )
         takes = stage.takes(forward, layer_id)
-        if not isinstance(kept, PoolStatistics):
-            return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool) if takes else native()
-        if not takes:
-            return beside(q_fp8.device, refresh, native)  # a later forward may read them
+        statistics = kept if isinstance(kept, PoolStatistics) else None
+        if not takes:  # a later forward may read the statistics
+            return native() if statistics is None else beside(q_fp8.device, refresh, native)
+        means = None if statistics is None else statistics.of_layer(layer_id)
         apart = stage.settings.check_integrity or (expanded and not rows_are_close())
-        if apart:
+        if means is not None and apart:
             refresh()
-        means = kept.of_layer(layer_id)
-        return _select(
+        select = functools.partial(
+            _select,
             stage,
             forward,
             indexer,
@@ -249,7 +271,17 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             metadata,
             pool,
             page_means=means,
-            update_means=not apart,
+            update_means=means is not None and not apart,
+        )
+        if (shadow := stage.shadow) is None:
+            return select()
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k()),
+            select=select,
+            native=lambda sample: native()[sample.rows],
         )
 
     return hook
@@ -264,6 +296,8 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        if stage.shadow is not None:
+            stage.shadow.poll_guard(agree_among_attention_ranks)
         if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:

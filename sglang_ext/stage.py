@@ -25,6 +25,7 @@ from sglang_ext.forwards import (
 from sglang_ext.policy import BatchView, Decision, choose
 from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.shadow import Shadow
 from sglang_ext.statistics import PoolStatistics, Statistics
 from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
@@ -46,6 +47,7 @@ class Stage:
     def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
         self.settings = settings
         self.counters = Counters()
+        self.shadow = Shadow.of(settings)
         self._environ = environ
         self._top_k_kernel = top_k_kernel
         self._models: set[Model] = set()
@@ -84,6 +86,8 @@ class Stage:
         if device.type != "cuda" or head_dim != 128 or top_k > 2048:
             return
         self.counters.prepare_device(device)
+        if self.shadow is not None:
+            self.shadow.overlaps.prepare(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
         modes: list[str] = []
         for phase in ("prefill", "decode"):
@@ -115,6 +119,11 @@ class Stage:
     def note_prompts(self, seen: Sequence[int], extend: Sequence[int], whole: list[int]) -> None:
         """The requests of the batch whose forward comes next, for native_tail_rows and traces."""
         self._prompts = Prompts(tuple(seen), tuple(extend), whole)
+
+    def tail_starts(self, seen: Sequence[int], extend: Sequence[int]) -> Sequence[int]:
+        """Per request of a prefill the first position that native_tail_rows keeps native, or one that it never sees."""
+        tail, whole = self.settings.native_tail_rows, prompt_lengths(self._prompts, tuple(seen), extend)
+        return [length - tail for length in whole] if tail and whole else seen
 
     def prefill(
         self,
@@ -186,6 +195,8 @@ class Stage:
             self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
+        elif self.shadow is not None and self.shadow.returned(forward.phase, mode, layer_id):
+            mode, reason = "native", policy.GUARD
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
         return mode != "native"
 
@@ -321,6 +332,7 @@ class Stage:
             "refused": sorted(self._support.rejected),
             "statistics": self.statistics.status(),
             **self.counters.snapshot(),
+            **({"shadow": self.shadow.status()} if self.shadow is not None else {}),
         }
 
     def prefill_mode_number(self, value: float) -> str:
@@ -369,7 +381,7 @@ class Stage:
         if settings.runtime_switch and not self.settings.runtime_switch:
             raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
         if settings != self.settings:
-            self.settings = settings
+            self.settings, self.shadow = settings, Shadow.of(settings)
             logger.info("settings with the model config's: %s", settings.as_dict())
 
     def _plan_trace(

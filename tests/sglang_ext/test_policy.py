@@ -98,8 +98,9 @@ def test_choose(settings, batch, want):
 
 def test_the_table_reaches_every_reason():
     reached = {want.reason for _, _, want in TABLE}
-    # A layer kept native, and a prompt's end nobody knows, come after the forward's decision (test_stage.py).
-    assert reached == set(UNSUPPORTED) | BY_CHOICE - {"native_layer", "prompt_unknown"}
+    # A layer kept native, or taken back by the guard, and a prompt's end nobody knows, come after the forward's
+    # decision (test_stage.py, test_guard.py).
+    assert reached == set(UNSUPPORTED) | BY_CHOICE - {"native_layer", "guard", "prompt_unknown"}
 
 
 def test_the_reasons_are_told_apart():
