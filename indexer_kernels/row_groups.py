@@ -55,6 +55,11 @@ def group_rows(row_request: torch.Tensor, row_lengths: torch.Tensor, group: int)
     return RowGroups(rows.view(-1, group), row_place)
 
 
+def first_seen(lengths: torch.Tensor, group: int) -> torch.Tensor:
+    """Tokens that the first position of a row's group sees, of rows that see lengths [M] int tokens; 0 for 0."""
+    return (torch.div(lengths - 1, group, rounding_mode="floor") * group + 1).clamp_min(0)
+
+
 def group_proxies(q: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> Proxies:
     """Mean query and mean gate of each group's rows, per head, the query as fp8 (PIVOT, arXiv 2607.24593).
 

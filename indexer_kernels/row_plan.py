@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
-from indexer_kernels.row_groups import RowGroups, group_rows
+from indexer_kernels.row_groups import RowGroups, first_seen, group_rows
 
 Derived = TypeVar("Derived")
 TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
@@ -85,10 +85,28 @@ class RowPlan:
             if self.host_rows is None:
                 places = torch.arange(self.num_rows, dtype=torch.int32, device=self.row_lengths.device)
                 return RowGroups(places[:, None], places)
-            rows, row_place = group_rows(*self.host_rows, group)
+            rows, row_place = self._host_groups(*self.host_rows, group)
             flat, row_place = _upload_together([rows.flatten(), row_place], self.row_lengths.device)
             self._groups[group] = RowGroups(flat.view(-1, group), row_place)
         return self._groups[group]
+
+    def scans(self, group: int) -> "RowPlan":
+        """The scans that the groups of `groups` share, as rows: row g sees what group g's first position sees, whether
+        that row is in the call or not (0: a group of rows without tokens). Made once, for all layers.
+        """
+        return self.kept(("scans", group), lambda: self._plan_scans(group))
+
+    def _host_groups(self, request: torch.Tensor, lengths: torch.Tensor, group: int) -> RowGroups:
+        return self.kept(("host groups", group), lambda: group_rows(request, lengths, group))
+
+    def _plan_scans(self, group: int) -> "RowPlan":
+        if self.host_rows is None:
+            plan = plan_decode(first_seen(self.row_lengths, group), self.max_length // PAGE_TOKENS)
+            return replace(plan, one_forward=self.one_forward)
+        request, lengths = self.host_rows
+        first = self._host_groups(request, lengths, group).rows[:, 0].long()
+        seen = first_seen(lengths[first], group)
+        return plan_rows(request[first], seen, self.request_lengths.shape[0], self.row_lengths.device)
 
 
 def plan_rows(

@@ -1,7 +1,7 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
-    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets] [--repeats 5]
-                                   [--port 30000] [further arguments of sglang.launch_server]
+    python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets eagle_native eagle]
+                                   [--repeats 5] [--port 30000] [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
 may run side by side in several calls with ports of their own; time to first token means something only alone.
@@ -9,8 +9,11 @@ may run side by side in several calls with ports of their own; time to first tok
     the budget, answers alone against concurrent and cached, time to first token interleaved over the modes
     decode_graph  decode_mode=hisa under CUDA graphs, answers against the `modes` server's native ones within the budget
     paged         flashmla_kv prefill: paged slots; decode_mode=hisa without CUDA graphs
+    Where hisa decodes, check_integrity compares its stored block statistics with the keys in every forward.
     unfused       SGLANG_DSA_FUSE_TOPK=0 and mixed chunks: logical positions
     sets          the token sets each layer selected, read back from the server, against native's
+    eagle_native  speculative decoding (EAGLE by the model's own draft layer), native
+    eagle         the same with decode_mode=hisa, answers against eagle_native's within the budget
 A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
 """
 
@@ -34,6 +37,11 @@ WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
 NEW_TOKENS = 8
+EAGLE = [
+    "--speculative-algorithm=EAGLE", "--speculative-num-steps=3", "--speculative-eagle-topk=1",
+    "--speculative-num-draft-tokens=4",
+]  # fmt: skip
+SCENARIOS = ("modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle")
 SET_PROMPTS = (3000, 18000)  # within every budget, and so far beyond that re-ranking prunes
 
 
@@ -112,6 +120,34 @@ def measure_ttft(server: Server, check: Check, repeats: int) -> None:
         print(f"  ttft {shown_context:>6}: {shown}", flush=True)
 
 
+def check_integrity(server: Server, check: Check) -> None:
+    """The stored block statistics that were compared with the keys, and how many were wrong."""
+    status = server.status()
+    checked, wrong = status["integrity_checked"], status["integrity_mismatches"]
+    check.record["integrity"] = {"checked": checked, "mismatches": wrong}
+    check.expect(checked > 0, f"{checked} stored block means compared with their keys")
+    check.expect(wrong == 0, f"{wrong} of them differ")
+
+
+def check_drafts(server: Server, check: Check, mode: str) -> None:
+    """Speculative decoding: greedy answers, and how many draft tokens were taken. hisa must have verified them."""
+    before = runs(server, "decode/hisa")
+    answers = []
+    for num_tokens in WITHIN_BUDGET:
+        server.flush()
+        answers.append(server.generate(prompt(num_tokens, num_tokens), 4 * NEW_TOKENS))
+    with ThreadPoolExecutor(len(WITHIN_BUDGET)) as pool:
+        server.flush()
+        together = list(pool.map(lambda n: server.generate(prompt(n, n), 4 * NEW_TOKENS), WITHIN_BUDGET))
+    check.record["decode_answers"] = answers
+    check.record["together_equal"] = sum(a == b for a, b in zip(answers, together))
+    check.record["long"] = server.generate(prompt(LONG[1], LONG[1]), 4 * NEW_TOKENS)
+    if mode == "hisa":
+        ran = runs(server, "decode/hisa") - before
+        check.expect(ran > 0, f"decode/hisa: {ran} runs on the device")
+        check_integrity(server, check)
+
+
 def check_decode(server: Server, check: Check, graph: bool) -> None:
     """decode_mode=hisa: it ran for every token, under graphs where they are on."""
     before = runs(server, "decode/hisa")
@@ -127,6 +163,7 @@ def check_decode(server: Server, check: Check, graph: bool) -> None:
     captured = [entry for entry in server.status()["captured"] if entry["mode"] == "hisa"]
     check.expect(bool(captured) == graph, f"decode/hisa {'in' if graph else 'without'} CUDA graphs")
     check.expect(len(long) == 24 and len({tuple(a) for a in answers}) > 1, "long context served")
+    check_integrity(server, check)
 
 
 def check_sets(server: Server, check: Check, layers: int) -> None:
@@ -163,9 +200,9 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     check = Check(name)
     options = {
         "modes": ({"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"}, [], {}),
-        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa"}, [], {}),
+        "decode_graph": ({"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"}, [], {}),
         "paged": (
-            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1"},
+            {"prefill_mode": "hisa", "decode_mode": "hisa", "runtime_switch": "1", "check_integrity": "1"},
             ["--dsa-prefill-backend", "flashmla_kv", "--disable-cuda-graph"],
             {},
         ),
@@ -174,6 +211,8 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             ["--enable-mixed-chunk"],
             {"SGLANG_DSA_FUSE_TOPK": "0"},
         ),
+        "eagle_native": ({"prefill_mode": "native", "decode_mode": "native"}, EAGLE, {}),
+        "eagle": ({"prefill_mode": "native", "decode_mode": "hisa", "check_integrity": "1"}, EAGLE, {}),
         "sets": (
             {"prefill_mode": "misa_rerank", "decode_mode": "native", "runtime_switch": "1"},
             # SGLang keeps the sets of every token of the pool in host memory: a small pool.
@@ -191,6 +230,8 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             measure_ttft(server, check, repeats)
         elif name == "decode_graph":
             check_decode(server, check, graph=True)
+        elif name.startswith("eagle"):
+            check_drafts(server, check, "native" if name == "eagle_native" else "hisa")
         elif name == "sets":
             check_sets(server, check, layers)
         else:
@@ -204,26 +245,32 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
 
 
 def compare_decode(out: Path) -> list[str]:
-    """What differs between the answers of decode_mode=hisa under graphs and native's, within the budget.
+    """What differs between the answers of decode_mode=hisa and native's, within the budget.
 
     Two servers of one model, so it is asked once the records of both are there, whichever call finished last.
     """
-    records = [out / f"{name}.json" for name in ("modes", "decode_graph")]
-    if not all(path.is_file() for path in records):
-        return []
-    modes, decode = (json.loads(path.read_text()) for path in records)
-    want = modes["answers"]["native"]["alone"][: len(WITHIN_BUDGET)]
-    got = decode["decode_answers"][: len(WITHIN_BUDGET)]
-    decode["equals_native_within_budget"] = got == want
-    records[1].write_text(json.dumps(decode, indent=1))
-    print(f"  {'ok  ' if got == want else 'FAIL'} decode/hisa: native's answers to prompts of {WITHIN_BUDGET} tokens")
-    return [] if got == want else ["decode_graph: other answers than native's within the budget"]
+    differing = []
+    for name, native, answers_of in (
+        ("decode_graph", "modes", lambda record: record["answers"]["native"]["alone"]),
+        ("eagle", "eagle_native", lambda record: record["decode_answers"]),
+    ):
+        paths = [out / f"{name}.json", out / f"{native}.json"]
+        if not all(path.is_file() for path in paths):
+            continue
+        decode, other = (json.loads(path.read_text()) for path in paths)
+        want = answers_of(other)[: len(WITHIN_BUDGET)]
+        got = decode["decode_answers"][: len(WITHIN_BUDGET)]
+        decode["equals_native_within_budget"] = got == want
+        paths[0].write_text(json.dumps(decode, indent=1))
+        print(f"  {'ok  ' if got == want else 'FAIL'} {name}: native's answers to prompts of {WITHIN_BUDGET} tokens")
+        differing += [] if got == want else [f"{name}: other answers than native's within the budget"]
+    return differing
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenarios", nargs="+", default=["modes", "decode_graph", "paged", "unfused", "sets"])
+    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS)
     parser.add_argument("--model", type=Path, help="model directory; default: a tiny model is written to OUT/model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16, help="16: one rank of 8-way tensor parallelism")

@@ -1,9 +1,12 @@
-"""From which context on `auto` prefill pays, measured."""
+"""From which context on `auto` pays, measured."""
 
 # {indexer heads: tokens}: where misa_rerank with default settings was as fast as DeepGEMM and SGLang's top-k, on one
 # H200, for 2048 and for 8192 rows (scripts/break_even.py on docs/results/prefill_stage/stage.json; rounded up to 8192).
 # Fewer heads make native cheaper, and not what is read and listed.
 MIN_TOKENS = {64: 40960, 32: 57344}
+# {rows of a decode batch: tokens}: from which context limit on hisa with stored statistics is as fast as native in a
+# graph, for at least so many rows. TO BE MEASURED: while it is empty, `auto` decode is native (auto_decode_native).
+DECODE_MIN_TOKENS: dict[int, int] = {}
 
 
 def min_tokens(heads: int) -> int:
@@ -11,3 +14,13 @@ def min_tokens(heads: int) -> int:
     the largest measured value.
     """
     return MIN_TOKENS.get(heads, max(MIN_TOKENS.values()))
+
+
+def decode_min_tokens(rows: int) -> int | None:
+    """Context limit from which on hisa decode of so many rows is no slower than native; None: never, or not measured.
+
+    One CUDA graph serves a batch size at every length, so the limit decides, and what was measured must hold for
+    shorter contexts too.
+    """
+    measured = [least for least in DECODE_MIN_TOKENS if least <= rows]
+    return DECODE_MIN_TOKENS[max(measured)] if measured else None

@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 
 from indexer_kernels.params import MODES
+from sglang_ext.readback import Readback
 
 logger = logging.getLogger("sglang_ext")
 
@@ -25,6 +26,9 @@ class Counters:
         self._forwards: Counter[tuple[str, str, str]] = Counter()
         self._captured: Counter[tuple[str, str, int]] = Counter()
         self._device_runs: torch.Tensor | None = None
+        self._integrity: torch.Tensor | None = None
+        self._copies: dict[str, Readback] = {}
+        self._beside: torch.cuda.Stream | None = None
         self._traces_written = 0
         self._traces_skipped: Counter[str] = Counter()
 
@@ -69,16 +73,33 @@ class Counters:
     def prepare_device(self, device: torch.device) -> torch.Tensor:
         """The counters' memory, which must exist before a graph is captured."""
         if self._device_runs is None:
-            self._device_runs = torch.zeros(2 * len(MODES), dtype=torch.int64, device=device)
+            self._device_runs = self._zeros("runs", 2 * len(MODES), device)
         return self._device_runs
 
-    def snapshot(self) -> dict[str, object]:
-        """Plain values. Waits for the GPU: not for the forward path."""
+    def count_integrity(self, pages: torch.Tensor, mismatches: torch.Tensor) -> None:
+        """One comparison of stored means with the keys: device scalars, added without waiting. Safe under capture once
+        prepared.
+        """
+        counted = self.prepare_integrity(pages.device)
+        counted[0].add_(pages)
+        counted[1].add_(mismatches)
+
+    def prepare_integrity(self, device: torch.device) -> torch.Tensor:
+        """The memory of (pages compared, mismatches), which must exist before a graph is captured."""
+        if self._integrity is None:
+            self._integrity = self._zeros("integrity", 2, device)
+        return self._integrity
+
+    def snapshot(self, wait: bool = True) -> dict[str, object]:
+        """Plain values. wait: the device's own as of now, which is not for the forward path; else those of the call
+        before this one, or a later moment.
+        """
         with self._lock:
             calls, rows, captured = dict(self._calls), dict(self._rows), dict(self._captured)
             forwards = dict(self._forwards)
             written, skipped = self._traces_written, dict(self._traces_skipped)
-        runs = self._device_runs.tolist() if self._device_runs is not None else [0] * (2 * len(MODES))
+        runs = self._values("runs", self._device_runs, 2 * len(MODES), wait)
+        checked, mismatches = self._values("integrity", self._integrity, 2, wait)
         return {
             "forwards": [
                 {"phase": phase, "mode": mode, "reason": reason, "forwards": n}
@@ -98,9 +119,28 @@ class Counters:
                 for mode in MODES
                 if runs[_device_index(phase, mode)]
             },
+            "integrity_checked": checked,
+            "integrity_mismatches": mismatches,
             "traces_written": written,
             "traces_skipped": skipped,
         }
+
+    def _zeros(self, name: str, size: int, device: torch.device) -> torch.Tensor:
+        memory = torch.zeros(size, dtype=torch.int64, device=device)
+        self._copies[name] = Readback(memory)
+        if device.type == "cuda" and self._beside is None:
+            self._beside = torch.cuda.Stream(device)
+        return memory
+
+    def _values(self, name: str, memory: torch.Tensor | None, size: int, wait: bool) -> list[int]:
+        if memory is None:
+            return [0] * size
+        if wait:
+            return memory.tolist()
+        # On a stream of its own: single counters only grow, so a copy in the midst of a forward is as good as any.
+        with torch.cuda.stream(self._beside):
+            self._copies[name].start()
+        return self._copies[name].read().tolist()
 
 
 def _device_index(phase: str, mode: str) -> int:

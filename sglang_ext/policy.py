@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
-from sglang_ext.break_even import min_tokens
+from sglang_ext import break_even
 from sglang_ext.settings import Settings
 
 AUTO_PREFILL = "misa_rerank"
+AUTO_DECODE = "hisa"
+STATISTICS_MODES = ("hisa", "misa_rerank")  # in decode they read stored block statistics, or do not run
 
 # Reasons by which a user's own settings, or the batch, chose SGLang's own indexer.
 CONFIGURED = "configured"
@@ -13,10 +15,11 @@ AUTO_SELECTED = "auto_selected"
 CONFIGURED_NATIVE = "configured_native"
 BELOW_BREAK_EVEN = "below_break_even"
 FEW_ROWS = "few_rows"  # `auto` prefill: launches cost more than so few rows save
-AUTO_DECODE_NATIVE = "auto_decode_native"
+AUTO_DECODE_NATIVE = "auto_decode_native"  # `auto` decode: no break-even is measured yet
 PAGE_CANDIDATES = "page_candidates"  # `auto` prefill: whole pages lose too many of native's tokens (docs/quality.md)
 NATIVE_LAYER = "native_layer"
 PROMPT_UNKNOWN = "prompt_unknown"  # native_tail_rows in a forward without requests: SGLang's warm-up and graph capture
+GUARD = "guard"  # the layer's overlap with native stayed under guard_overlap
 BY_CHOICE = frozenset(
     {
         CONFIGURED,
@@ -28,6 +31,7 @@ BY_CHOICE = frozenset(
         PAGE_CANDIDATES,
         NATIVE_LAYER,
         PROMPT_UNKNOWN,
+        GUARD,
     }
 )
 # Reasons by which a requested mode could not run; strict ends the server on them.
@@ -44,6 +48,10 @@ UNSUPPORTED = {
     "two_batch_overlap": "native_tail_rows does not know the prompts of a batch that two-batch overlap has split",
     "rows_mismatch": "page table, lengths and query rows do not belong together",
     "too_long": "the context is longer than the kernels hold",
+    "no_statistics": "the pool of index keys holds no block statistics, which this decode mode reads",
+    "statistics_memory": "no memory was left for block statistics",
+    "statistics_lost": "a decode step could not be followed by the block statistics, so they are no longer right",
+    "block_size": "block_size or route_block is not a multiple of the 64 tokens whose statistics are stored",
     "no_kernel": "the gpu backend has no kernels for this mode, model or GPU",
 }
 
@@ -73,22 +81,28 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
 
     An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
     misa_rerank for at least settings.prefill_min_rows rows once the longest request of the batch reaches
-    settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages;
-    `auto` decode is native. Requests of one batch need no separate decision: a row whose context fits the candidate
-    budget is scored as native scores it, by all heads and without a routed scan.
+    settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages.
+    `auto` decode is hisa where rows and context limit of the batch, all that a captured graph knows, reach the measured
+    break-even, and native while none is measured. Requests of one batch need no separate decision: a row whose context
+    fits the candidate budget is scored as native scores it, by all heads and without a routed scan.
     """
     wanted = settings.phase_mode(batch.phase)
     if wanted == "native":
         return Decision("native", CONFIGURED_NATIVE)
-    if wanted == "auto" and batch.phase == "decode":
+    if wanted == "auto" and batch.phase == "decode" and not break_even.DECODE_MIN_TOKENS:
         return Decision("native", AUTO_DECODE_NATIVE)
-    if wanted == "auto" and not token_candidates(settings):
+    if wanted == "auto" and batch.phase == "prefill" and not token_candidates(settings):
         return Decision("native", PAGE_CANDIDATES)
     if batch.unsupported is not None:
         return Decision("native", batch.unsupported)
     if wanted != "auto":
         return Decision(wanted, CONFIGURED)
-    if max(batch.lengths or (batch.max_length,)) < (settings.prefill_min_tokens or min_tokens(batch.heads)):
+    if batch.phase == "decode":
+        needed = break_even.decode_min_tokens(batch.rows)
+        if needed is None or batch.max_length < needed:
+            return Decision("native", BELOW_BREAK_EVEN)
+        return Decision(AUTO_DECODE, AUTO_SELECTED)
+    if max(batch.lengths or (batch.max_length,)) < (settings.prefill_min_tokens or break_even.min_tokens(batch.heads)):
         return Decision("native", BELOW_BREAK_EVEN)
     if batch.rows < settings.prefill_min_rows:
         return Decision("native", FEW_ROWS)
@@ -99,7 +113,7 @@ def asks(phase: str, settings: Settings) -> bool:
     """Whether the settings can ask for another mode than native in this phase: else nothing needs to be looked at."""
     wanted = settings.phase_mode(phase)
     if wanted == "auto":
-        return phase == "prefill" and token_candidates(settings)
+        return token_candidates(settings) if phase == "prefill" else bool(break_even.DECODE_MIN_TOKENS)
     return wanted != "native"
 
 
@@ -120,4 +134,17 @@ def token_candidates(settings: Settings) -> bool:
 def mode_to_try(phase: str, settings: Settings) -> str:
     """The mode that `choose` would answer if nothing stood against it: what support is checked for."""
     wanted = settings.phase_mode(phase)
-    return AUTO_PREFILL if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    return AUTO_PREFILL if phase == "prefill" else AUTO_DECODE
+
+
+def kernel_modes(phase: str, settings: Settings) -> tuple[str, ...]:
+    """The modes whose kernels `mode_to_try` runs: from stored statistics misa_rerank chooses blocks as hisa does."""
+    mode = mode_to_try(phase, settings)
+    return (mode, AUTO_DECODE) if phase == "decode" and mode == "misa_rerank" else (mode,)
+
+
+def needs_statistics(settings: Settings) -> bool:
+    """Whether decode may run a mode that reads stored block statistics: else none are allocated or kept."""
+    return asks("decode", settings) and mode_to_try("decode", settings) in STATISTICS_MODES

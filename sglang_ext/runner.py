@@ -22,6 +22,10 @@ class Rows(NamedTuple):
     plan: RowPlan
     picked: torch.Tensor | None = None
 
+    def for_one_forward(self) -> "Rows":
+        """The same rows, with nothing kept yet of what layers derive from their lengths."""
+        return self._replace(plan=self.plan.for_one_forward())
+
 
 def run(
     mode: str,
@@ -35,11 +39,14 @@ def run(
     backend: str,
     top_k_kernel: TopK | None,
     out: torch.Tensor,
+    page_means: torch.Tensor | None = None,
+    update_means: bool = False,
 ) -> None:
     """Fill out's rows [>= M, top_k] int32 of `rows` with the selection; other rows of out are left alone.
 
-    q [>= M, H, 128] fp8, weights [>= M, H] f32, k_pages [P, 8448] uint8, page_table [R, W] int32. Entries are packed
-    first, then -1.
+    q [>= M, H, 128] fp8, weights [>= M, H] f32, k_pages [P, 8448] uint8, page_table [R, W] int32, page_means [P, 128]
+    bf16: stored block statistics of the layer, if there are any; update_means: those of each row's last full page are
+    made anew on the way. Entries are packed first, then -1.
     """
     if rows.plan.num_rows == 0:
         return
@@ -61,6 +68,8 @@ def run(
         output=form.kind,
         top_k_kernel=top_k_kernel,
         out=target,
+        page_means=page_means,
+        update_means=update_means,
     )
     if form.offsets is not None:
         chosen = target[: rows.plan.num_rows]

@@ -24,8 +24,12 @@ PAPER_SWITCHES = ("use_misa", "use_hisa")
 MAY_BE_UNSET = ("prefill_mode", "decode_mode", "trace_dir")
 
 
-def _setting(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+def _setting(default: Any, meaning: str, page: str = "README.md") -> Any:
+    """page: the file whose table lists it."""
+    return field(default=default, metadata={"help": meaning, "page": page})
+
+
+WATCHING = "docs/monitoring.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,10 @@ class Settings:
 
     mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
-    decode_mode: str | None = _setting(None, "mode of decode, where it should differ from `mode`")
+    decode_mode: str | None = _setting(
+        None,
+        "mode of decode, where it differs; hisa and misa_rerank keep block statistics: 4 bytes per token and layer",
+    )
     strict: bool = _setting(False, "end the server where SGLang's own indexer would run in place of a requested mode")
     active_heads: int = _setting(DEFAULTS.active_heads, "misa, misa_rerank: heads that score every token (4, 8 or 16)")
     route_block: int = _setting(DEFAULTS.route_block, "misa, misa_rerank: tokens per statistics block of head routing")
@@ -55,6 +62,17 @@ class Settings:
     prefill_min_rows: int = _setting(2048, "`auto`: prefill of fewer rows stays native")
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
     runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
+    shadow_rate: float = _setting(
+        0.0, "share (0 to 1) of the forwards of a mode in which native selects too, for some rows", WATCHING
+    )
+    shadow_rows: int = _setting(32, "rows of such a forward that are compared", WATCHING)
+    guard_overlap: float = _setting(
+        0.0, "a layer whose mean overlap with native stays under it returns to native; 0: never", WATCHING
+    )
+    guard_min_samples: int = _setting(1024, "rows that must be compared before a layer is judged", WATCHING)
+    check_integrity: bool = _setting(
+        False, "compare stored block statistics with the keys in every forward; slow, for tests"
+    )
     trace_dir: str | None = _setting(None, "folder for traces of what the indexers see; slow, for diagnosis")
     trace_rows: int = _setting(16, "query rows of a trace: half the prompt's last, half spread over its last chunk")
 
@@ -67,8 +85,16 @@ class Settings:
         for name in ("native_tail_rows", "prefill_min_tokens", "prefill_min_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.trace_rows < 1:
-            raise ValueError(f"trace_rows={self.trace_rows} must be at least 1")
+        for name in ("trace_rows", "shadow_rows", "guard_min_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("shadow_rate", "guard_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
+        if self.guard_overlap and not self.shadow_rate:
+            raise ValueError(
+                f"guard_overlap={self.guard_overlap} judges what shadow_rate measures: set shadow_rate too"
+            )
         if any(layer < 0 for layer in self.native_layers):
             raise ValueError(f"native_layers={self.native_layers} must not be negative")
         self.params(DEFAULTS.top_k)
@@ -152,6 +178,11 @@ def _parse(name: str, value: Any) -> Any:
             return int(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name}={value!r} must be an integer") from None
+    if kind is float:
+        try:
+            return float("nothing" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={value!r} must be a number") from None
     if value is None:
         return None
     return str(value).strip().lower()

@@ -1,4 +1,4 @@
-"""The one file that knows SGLang: what is hooked, and the translation between its objects and plain tensors."""
+"""What is hooked in SGLang, and what each hook does. Only this file and its neighbours sglang_*.py know SGLang."""
 
 import functools
 import importlib.metadata
@@ -6,13 +6,27 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_ext.runner import OutputForm
-from sglang_ext.stage import Forward, Stage
+from sglang_ext.forwards import Forward
+from sglang_ext.overlap import Key
+from sglang_ext.sglang_hook import Hook
+from sglang_ext.sglang_metrics import COLLECTOR, after_collector_init, after_log_stats, has_collector
+from sglang_ext.sglang_objects import (
+    current_pool,
+    indexer_device,
+    layer_tensors,
+    output_form,
+    rows_are_close,
+    unsupported_reason,
+)
+from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
+from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
+from sglang_ext.stage import Stage
+from sglang_ext.statistics import PoolStatistics, beside
 
 SGLANG_SUPPORTED = "0.5.23"
 SGLANG_ACCEPTED = tuple(f"0.5.{minor}" for minor in range(18, 24))
@@ -24,19 +38,6 @@ KPOOL_INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool"
 STATE_CONTROLLER = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 RUNTIME_SWITCH_KEY = "sglang_ext_prefill_mode"
-
-
-class Hook(NamedTuple):
-    """One method of SGLang that the plugin wraps.
-
-    parameters: its parameters in order; where it is wrapped AROUND, all of them, else those it must begin with.
-    """
-
-    target: str
-    kind: HookType
-    parameters: tuple[str, ...]
-    why: str
-    make: Callable[[Stage], Callable[..., Any]]
 
 
 def hooks() -> tuple[Hook, ...]:
@@ -67,7 +68,7 @@ def hooks() -> tuple[Hook, ...]:
             f"{FORWARD_BATCH}.init_new",
             HookType.AFTER,
             ("batch", "model_runner"),
-            "note how long each prompt is, for native_tail_rows and traces",
+            "note how long each prompt is, for native_tail_rows and traces; ask the guard",
             _after_forward_batch,
         ),
         Hook(
@@ -77,6 +78,7 @@ def hooks() -> tuple[Hook, ...]:
             "show version, settings and counters at /server_info",
             _after_get_internal_state,
         ),
+        *statistics_hooks(),
     )
 
 
@@ -87,6 +89,10 @@ def wanted_hooks(runtime_switch: bool) -> list[Hook]:
         why = "refuse models whose indexer is another class, which no hook reaches"
         target, parameters = f"{KPOOL_INDEXER}.__init__", ("self", "hidden_size", "index_n_heads")
         wanted.append(Hook(target, HookType.AFTER, parameters, why, _after_kpool_init))
+    if has_collector():
+        why = "show counters and overlap at /metrics"
+        wanted.append(Hook(f"{COLLECTOR}.__init__", HookType.AFTER, ("self", "labels"), why, after_collector_init))
+        wanted.append(Hook(f"{COLLECTOR}.log_stats", HookType.AFTER, ("self", "stats"), why, after_log_stats))
     if runtime_switch:
         why = "let POST /set_internal_state change the prefill mode (runtime_switch)"
         wanted.append(
@@ -162,7 +168,11 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
             raise RuntimeError(f"sglang-ext: SGLang did not apply the hooks on {', '.join(missing)}; see its log")
         config = {**dict(zip(parameters[1:], args)), **kwargs}.get("config")
         fields = vars(config) if config is not None else {}
-        stage.start(fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, _device(indexer))
+        stage.start(
+            fields, indexer.layer_id, indexer.n_heads, indexer.head_dim, indexer.index_topk, indexer_device(indexer)
+        )
+        if stage.shadow is not None and stage.shadow.guard is not None:
+            check_guard()
 
     return hook
 
@@ -182,21 +192,35 @@ def _around_ragged(stage: Stage) -> Callable[..., torch.Tensor]:
         native = functools.partial(
             original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata, topk_result
         )
-        pool = _pool()
+        pool = current_pool()
         attention = metadata.attn_metadata
+        refresh_extend(stage, pool, layer_id, metadata)
         forward = stage.prefill(
             attention,
             extend_lengths=metadata.get_dsa_extend_len_cpu(),
             lengths=metadata.get_indexer_seq_len_cpu,
             page_table=metadata.get_page_table_64(),
             q=q_fp8,
-            unsupported=lambda: _unsupported(indexer, attention, pool) or _split_prompts(stage, forward_batch),
+            unsupported=lambda: unsupported_reason(indexer, attention, pool) or _split_prompts(stage, forward_batch),
         )
         if forward.trace is not None:
-            stage.write_trace(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool))
+            stage.write_trace(forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool))
         if not stage.takes(forward, layer_id):
             return native()
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result)
+        select = functools.partial(
+            _select, stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool, topk_result
+        )
+        if (shadow := stage.shadow) is None:
+            return select()
+        given = (original, indexer, enable_dual_stream, forward_batch, layer_id, q_fp8, weights, metadata)
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: plan_prefill(stage, shadow, metadata, q_fp8.device),
+            select=select,
+            native=lambda sample: native_prefill_rows(*given, sample),
+        )
 
     return hook
 
@@ -212,21 +236,53 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
         metadata: Any,
     ) -> torch.Tensor:
         native = functools.partial(original, indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        pool = _pool()
+        pool = current_pool()
         attention = metadata.attn_metadata
         mode = forward_batch.forward_mode
         expanded = mode.is_target_verify() or mode.is_draft_extend_v2()
+        lengths = metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32()
+        kept = statistics_of(pool)
+        refresh = functools.partial(refresh_step, stage, pool, layer_id, metadata, lengths)
         forward = stage.decode(
             attention,
-            lengths=metadata.get_seqlens_expanded() if expanded else metadata.get_seqlens_int32(),
+            lengths=lengths,
             page_table=metadata.get_page_table_64(),
             num_rows=sum(metadata.get_dsa_extend_len_cpu()),
             q=q_fp8,
-            unsupported=lambda: _unsupported(indexer, attention, pool),
+            layer_id=layer_id,
+            unsupported=lambda: unsupported_reason(indexer, attention, pool) or stage.statistics_obstacle(kept),
         )
-        if not stage.takes(forward, layer_id):
-            return native()
-        return _select(stage, forward, indexer, layer_id, q_fp8, weights, metadata, pool)
+        takes = stage.takes(forward, layer_id)
+        statistics = kept if isinstance(kept, PoolStatistics) else None
+        if not takes:  # a later forward may read the statistics
+            return native() if statistics is None else beside(q_fp8.device, refresh, native)
+        means = None if statistics is None else statistics.of_layer(layer_id)
+        apart = stage.settings.check_integrity or (expanded and not rows_are_close())
+        if means is not None and apart:
+            refresh()
+        select = functools.partial(
+            _select,
+            stage,
+            forward,
+            indexer,
+            layer_id,
+            q_fp8,
+            weights,
+            metadata,
+            pool,
+            page_means=means,
+            update_means=means is not None and not apart,
+        )
+        if (shadow := stage.shadow) is None:
+            return select()
+        return shadow.watch(
+            attention,
+            Key(forward.phase, forward.decision.mode, layer_id),
+            q_fp8.device,
+            plan=lambda: shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k()),
+            select=select,
+            native=lambda sample: native()[sample.rows],
+        )
 
     return hook
 
@@ -240,6 +296,8 @@ def _after_kpool_init(stage: Stage) -> Callable[..., None]:
 
 def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+        if stage.shadow is not None:
+            stage.shadow.poll_guard(agree_among_attention_ranks)
         if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
             return
         if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
@@ -280,27 +338,6 @@ def _after_update_handlers(stage: Stage) -> Callable[..., Any]:
     return hook
 
 
-def _unsupported(indexer: Any, attention: Any, pool: Any) -> str | None:
-    """The policy's reason why this forward must stay with SGLang's own indexer, or None. Host values only."""
-    if indexer.index_topk > 2048:
-        return "index_topk"
-    if indexer.head_dim != 128:
-        return "head_dim"
-    if indexer.num_init_tokens or indexer.num_local_tokens:
-        return "forced_tokens"
-    if getattr(indexer, "dsa_enable_prefill_cp", False):
-        return "context_parallel"
-    if getattr(attention, "indexer_logical_page_table", None) is not None:
-        return "kv_shard"
-    if hasattr(pool, "get_broadcastable_index_k_with_scale_buffer"):
-        return "layer_split_pool"
-    if getattr(pool, "index_page_size", pool.page_size) != 64:
-        return "page_size"
-    if getattr(_attention_backend(), "hisparse_coordinator", None) is not None:
-        return "hisparse"
-    return None
-
-
 def _split_prompts(stage: Stage, forward_batch: Any) -> str | None:
     split = getattr(forward_batch, "tbo_parent_token_range", None) is not None
     return "two_batch_overlap" if split and stage.settings.native_tail_rows else None
@@ -316,42 +353,17 @@ def _select(
     metadata: Any,
     pool: Any,
     out: torch.Tensor | None = None,
+    page_means: torch.Tensor | None = None,
+    update_means: bool = False,
 ) -> torch.Tensor:
     """A layer's selection in the form SGLang's metadata asks for; rows that only pad the batch are -1."""
     if out is None:
         out = torch.full((q_fp8.shape[0], indexer.index_topk), -1, dtype=torch.int32, device=q_fp8.device)
-    if metadata.force_unfused_topk:
-        form = OutputForm("position")
-    elif forward.phase == "prefill" and metadata.topk_transform_method.name == "RAGGED":
-        form = OutputForm("position", metadata.attn_metadata.topk_indices_offset)
-    else:
-        form = OutputForm("slot")
-    stage.run(forward, layer_id, *_tensors(layer_id, q_fp8, weights, metadata, pool), form, out)
+    form = output_form(metadata, forward.phase)
+    stage.run(
+        forward, layer_id, *layer_tensors(layer_id, q_fp8, weights, metadata, pool), form, out, page_means, update_means
+    )
     return out
-
-
-def _tensors(
-    layer_id: int, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: Any, pool: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, weights [.., H], index-key pages and page table of a layer."""
-    weights = weights[: q_fp8.shape[0]].squeeze(-1)
-    return q_fp8, weights, pool.get_index_k_with_scale_buffer(layer_id=layer_id), metadata.get_page_table_64()
-
-
-def _pool() -> Any:
-    from sglang.srt.layers.attention.dsa import dsa_indexer
-
-    return dsa_indexer.get_token_to_kv_pool()
-
-
-def _attention_backend() -> Any:
-    from sglang.srt.layers.attention.dsa import dsa_indexer
-
-    return dsa_indexer.get_attn_backend()
-
-
-def _device(indexer: Any) -> torch.device:
-    return next(indexer.parameters()).device
 
 
 def _indexer_parameters() -> tuple[str, ...]:

@@ -2,47 +2,35 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from indexer_kernels.backend import gpu_refusal
 from indexer_kernels.params import MODES
-from indexer_kernels.row_plan import plan_decode, plan_extend
 from indexer_kernels.top_k import TopK
-from sglang_ext import __version__, policy
+from sglang_ext import __version__, policy, statistics
 from sglang_ext.counters import Counters
+from sglang_ext.forwards import (
+    Forward,
+    Prompts,
+    capturing,
+    keep_forward,
+    kept_forward,
+    plan_decode_rows,
+    plan_prefill,
+    prompt_lengths,
+)
 from sglang_ext.policy import BatchView, Decision, choose
-from sglang_ext.runner import OutputForm, Rows, run, split_tail
+from sglang_ext.runner import OutputForm, run
 from sglang_ext.settings import SERVE_MODES, Settings, load_settings
+from sglang_ext.shadow import Shadow
+from sglang_ext.statistics import PoolStatistics, Statistics
+from sglang_ext.support import Support
 from sglang_ext.trace_capture import TracePlan, TraceWriter
 
 logger = logging.getLogger("sglang_ext")
-
-KEPT = "sglang_ext_forward"  # attribute of SGLang's per-forward metadata
-
-
-@dataclass(slots=True)
-class Forward:
-    """What one forward runs, the same for all its layers. parts: (mode, its rows); made_of: what a decode was planned
-    from; trace: what is kept of it, if anything.
-    """
-
-    phase: str
-    decision: Decision
-    num_rows: int
-    parts: tuple[tuple[str, Rows], ...] = ()
-    made_of: tuple[torch.Tensor, ...] = ()
-    trace: TracePlan | None = None
-
-
-class Prompts(NamedTuple):
-    """The requests of a prefill batch: tokens they see, rows they bring, tokens of their whole prompts."""
-
-    seen: tuple[int, ...]
-    extend: tuple[int, ...]
-    whole: list[int]
 
 
 class Model(NamedTuple):
@@ -59,15 +47,16 @@ class Stage:
     def __init__(self, settings: Settings, environ: Mapping[str, str], top_k_kernel: TopK | None = None) -> None:
         self.settings = settings
         self.counters = Counters()
+        self.shadow = Shadow.of(settings)
         self._environ = environ
         self._top_k_kernel = top_k_kernel
         self._models: set[Model] = set()
         self._layers: set[int] = set()
         self._prompts: Prompts | None = None
         self._traces: TraceWriter | None = None
-        self._refusals: dict[tuple[Any, ...], str | None] = {}
-        self._broken: dict[str, str] = {}
-        self._unsupported_logged: set[str] = set()
+        self._support = Support()
+        self.statistics = Statistics()
+        self._no_statistics: str | None = None  # why there can be none, or none any more
 
     def start(
         self,
@@ -97,21 +86,26 @@ class Stage:
         if device.type != "cuda" or head_dim != 128 or top_k > 2048:
             return
         self.counters.prepare_device(device)
+        if self.shadow is not None:
+            self.shadow.overlaps.prepare(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
-        modes = []
+        modes: list[str] = []
         for phase in ("prefill", "decode"):
             if not policy.asks(phase, self.settings):
                 continue
-            mode = policy.mode_to_try(phase, self.settings)
-            refusal = self._refusal(mode, q, top_k)
+            refusal = self._support.phase_refusal(self.settings, phase, q, top_k)
             if refusal is not None:
                 self._reject(f"{phase} mode {self.settings.phase_mode(phase)!r}: {refusal}")
-            elif mode not in modes:
-                modes.append(mode)
+            else:
+                modes += [mode for mode in policy.kernel_modes(phase, self.settings) if mode not in modes]
         if self.settings.runtime_switch:  # any of them may be asked for later
             modes += [mode for mode in MODES if mode not in modes and self._refusal(mode, q, top_k) is None]
         if self.settings.backend != "reference":
-            self._compile(modes, num_heads, top_k)
+            self._support.compile(self.settings, modes, num_heads, top_k)
+        served = len(self._models) == 1  # a draft model that is refused has its reason in its own forwards
+        if served and policy.needs_statistics(self.settings):
+            refused = self._support.phase_refusal(self.settings, "decode", q, top_k) is not None
+            self._no_statistics = "no_kernel" if refused else None
 
     def refuse_model(self, reason: str) -> None:
         """A model whose indexer is not hooked: the end of the server under strict, if any mode was asked for."""
@@ -126,6 +120,11 @@ class Stage:
         """The requests of the batch whose forward comes next, for native_tail_rows and traces."""
         self._prompts = Prompts(tuple(seen), tuple(extend), whole)
 
+    def tail_starts(self, seen: Sequence[int], extend: Sequence[int]) -> Sequence[int]:
+        """Per request of a prefill the first position that native_tail_rows keeps native, or one that it never sees."""
+        tail, whole = self.settings.native_tail_rows, prompt_lengths(self._prompts, tuple(seen), extend)
+        return [length - tail for length in whole] if tail and whole else seen
+
     def prefill(
         self,
         attention: object,
@@ -136,7 +135,7 @@ class Stage:
         unsupported: Callable[[], str | None],
     ) -> Forward:
         """The forward's decision and plan, made at its first layer. lengths() is SGLang's CPU copy: no device read."""
-        forward = getattr(attention, KEPT, None)
+        forward = kept_forward(attention)
         if forward is not None:
             return forward
         seen = tuple(int(length) for length in lengths().tolist())
@@ -151,13 +150,13 @@ class Stage:
                 view = view._replace(unsupported="rows_mismatch")
         forward = Forward("prefill", self._decide(view), rows)
         if forward.decision.mode != "native":
-            self._plan_prefill(forward, seen, extend, q.device)
+            whole = prompt_lengths(self._prompts, seen, extend)
+            plan_prefill(forward, seen, extend, self.settings.native_tail_rows, whole, q.device)
         if self._traces is not None:
             fits = len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
-            obstacle = "graph_capture" if _capturing(q.device) else unsupported() if fits else "rows_mismatch"
+            obstacle = "graph_capture" if capturing(q.device) else unsupported() if fits else "rows_mismatch"
             self._plan_trace(self._traces, forward, seen, extend, obstacle)
-        # SGLang's metadata is frozen; it sets attributes on it the same way.
-        object.__setattr__(attention, KEPT, forward)
+        keep_forward(attention, forward)
         return forward
 
     def decode(
@@ -167,15 +166,16 @@ class Stage:
         page_table: torch.Tensor,
         num_rows: int,
         q: torch.Tensor,
+        layer_id: int,
         unsupported: Callable[[], str | None],
     ) -> Forward:
         """Like `prefill`, from device lengths, which are never read back: this may run inside graph capture.
 
-        SGLang refreshes a graph's metadata in place, so a plan kept on it follows the lengths of every replay. It is
-        made in the eager runs before a capture; one made inside would live in that graph's memory, and is not kept.
+        A plan is made in the eager runs before a capture, and then kept.
         """
-        kept = getattr(attention, KEPT, None)
-        if kept is not None and _same(kept.made_of, (lengths, page_table)) and kept.num_rows == num_rows:
+        kept = kept_forward(attention)
+        if kept is not None and kept.planned_from((lengths, page_table), num_rows):
+            kept.enter(layer_id)
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", self.settings):
@@ -183,13 +183,9 @@ class Stage:
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view)
-        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table))
-        if decision.mode != "native":
-            plan = plan_decode(lengths, page_table.shape[1])
-            forward.parts = ((decision.mode, Rows(plan)),)
-            if plan.row_lengths is not lengths or _capturing(q.device):
-                return forward
-        object.__setattr__(attention, KEPT, forward)
+        forward = Forward("decode", decision, num_rows, made_of=(lengths, page_table), layer=layer_id)
+        if decision.mode == "native" or plan_decode_rows(forward, lengths, page_table):
+            keep_forward(attention, forward)
         return forward
 
     def takes(self, forward: Forward, layer_id: int) -> bool:
@@ -199,6 +195,8 @@ class Stage:
             self.counters.count_forward(forward.phase, mode, reason)
         if mode != "native" and layer_id in self.settings.native_layers:
             mode, reason = "native", policy.NATIVE_LAYER
+        elif self.shadow is not None and self.shadow.returned(forward.phase, mode, layer_id):
+            mode, reason = "native", policy.GUARD
         self.counters.count(forward.phase, mode, reason, forward.num_rows)
         return mode != "native"
 
@@ -231,10 +229,14 @@ class Stage:
         page_table: torch.Tensor,
         form: OutputForm,
         out: torch.Tensor,
+        page_means: torch.Tensor | None = None,
+        update_means: bool = False,
     ) -> None:
-        """Fill out with the selection of this layer's queries."""
+        """Fill out with the selection of this layer's queries. page_means: its stored block statistics, if any;
+        update_means: `step_means` is part of the selection.
+        """
         if q.device.type == "cuda":
-            if _capturing(q.device):
+            if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
             if layer_id == self._counting_layer():
                 self.counters.step_device(forward.phase, forward.decision.mode, q.device)
@@ -252,7 +254,72 @@ class Stage:
                 self.settings.backend,
                 self._top_k_kernel if q.device.type == "cuda" else None,
                 out,
+                page_means if mode in policy.STATISTICS_MODES else None,
+                update_means and mode in policy.STATISTICS_MODES,
             )
+
+    def wants_statistics(self) -> bool:
+        """Whether decode may read stored block statistics: asked once the model is built, where pools are sized."""
+        return policy.needs_statistics(self.settings) and self._no_statistics is None
+
+    def allocate_statistics(
+        self,
+        cache: object,
+        keys: Sequence[torch.Tensor],
+        start_layer: int,
+        memory: AbstractContextManager[Any] | None = None,
+    ) -> PoolStatistics:
+        """Memory for the block statistics of a cache's keys, one buffer a layer, and for what is counted of them.
+
+        memory: where the buffers are allocated; the counters, which outlive what they count, are not.
+        """
+        for buffer in keys[:1]:
+            self.counters.prepare_integrity(buffer.device)
+        with memory or nullcontext():
+            return self.statistics.allocate(cache, keys, start_layer)
+
+    def refuse_statistics(self, reason: str) -> None:
+        """A pool has no block statistics: said at once, and the end of the server under strict."""
+        self._reject(f"decode mode {self.settings.phase_mode('decode')!r}: {policy.UNSUPPORTED[reason]} ({reason})")
+
+    def statistics_obstacle(self, kept: PoolStatistics | str | None) -> str | None:
+        """The policy's reason why decode cannot read these statistics, if its mode reads any."""
+        if not policy.needs_statistics(self.settings):
+            return None
+        if self._no_statistics is not None:
+            return self._no_statistics
+        if self.settings.block_size % 64 or self.settings.route_block % 64:
+            return "block_size"
+        return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
+
+    def fill_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        trusted: torch.Tensor | None = None,
+    ) -> None:
+        """`statistics.fill` of a layer, after its keys are stored."""
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.fill(kept.of_layer(layer_id), k_pages, page_table, lengths, checks, trusted)
+
+    def step_means(
+        self,
+        kept: PoolStatistics,
+        layer_id: int,
+        k_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        row_lengths: torch.Tensor,
+    ) -> None:
+        """`statistics.step` of a layer. Rows that have no page table end the use of statistics: they would go stale."""
+        if row_lengths.shape[0] != page_table.shape[0]:
+            self._no_statistics = "statistics_lost"
+            self.refuse_statistics(self._no_statistics)
+            return
+        checks = self.counters if self.settings.check_integrity else None
+        statistics.step(kept.of_layer(layer_id), k_pages, page_table, row_lengths, checks)
 
     def status(self) -> dict[str, object]:
         """Plain values for /server_info."""
@@ -262,8 +329,10 @@ class Stage:
             "modes": {phase: self.settings.phase_mode(phase) for phase in ("prefill", "decode")},
             "mode_numbers": _mode_numbers() if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
-            "refused": sorted(self._unsupported_logged),
+            "refused": sorted(self._support.rejected),
+            "statistics": self.statistics.status(),
             **self.counters.snapshot(),
+            **({"shadow": self.shadow.status()} if self.shadow is not None else {}),
         }
 
     def prefill_mode_number(self, value: float) -> str:
@@ -285,20 +354,19 @@ class Stage:
     def _decide(self, view: BatchView) -> Decision:
         decision = choose(view, self.settings)
         if decision.reason in policy.UNSUPPORTED:
-            self._reject(f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})")
+            self._support.reject(
+                self.settings, f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})"
+            )
         return decision
 
     def _supported(self, view: BatchView, q: torch.Tensor) -> BatchView:
-        """The view with what the kernels cannot do, if something asks for them."""
-        mode = policy.mode_to_try(view.phase, self.settings)
-        if view.unsupported is not None or self.settings.backend == "reference":
-            return view
-        if self._refusal(mode, q, self.settings_top_k()) is not None:
-            return view._replace(unsupported="no_kernel")
-        from indexer_kernels.gpu.pipeline import max_tokens
+        return self._support.narrow(self.settings, view, q, self.settings_top_k())
 
-        limit = max_tokens(mode)
-        return view._replace(unsupported="too_long") if limit is not None and view.max_length > limit else view
+    def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
+        return self._support.refusal(self.settings, mode, q, top_k)
+
+    def _reject(self, sentence: str) -> None:
+        self._support.reject(self.settings, sentence)
 
     def _counting_layer(self) -> int:
         """The layer whose runs are counted on the device: the first that may run a mode."""
@@ -308,84 +376,23 @@ class Stage:
         """Tokens the served model selects (the largest, where a draft model differs)."""
         return max((model.top_k for model in self._models), default=2048)
 
-    def _refusal(self, mode: str, q: torch.Tensor, top_k: int) -> str | None:
-        if self.settings.backend == "reference":
-            return None
-        if mode in self._broken:
-            return self._broken[mode]
-        key = (mode, q.shape[1:], q.device, top_k, self.settings)
-        if key not in self._refusals:
-            self._refusals[key] = gpu_refusal(mode, q, self.settings.params(top_k))
-        return self._refusals[key]
-
-    def _reject(self, sentence: str) -> None:
-        """SGLang's own indexer serves instead: said once, or the end of the server under strict."""
-        if self.settings.strict:
-            raise RuntimeError(f"sglang-ext (strict): {sentence}")
-        if sentence not in self._unsupported_logged:
-            self._unsupported_logged.add(sentence)
-            logger.warning("SGLang's own indexer serves: %s", sentence)
-
     def _read_model_config(self, model_config: Mapping[str, Any]) -> None:
         settings = load_settings(model_config, self._environ)
         if settings.runtime_switch and not self.settings.runtime_switch:
             raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
         if settings != self.settings:
-            self.settings = settings
+            self.settings, self.shadow = settings, Shadow.of(settings)
             logger.info("settings with the model config's: %s", settings.as_dict())
-
-    def _plan_prefill(self, forward: Forward, seen: tuple[int, ...], extend: list[int], device: torch.device) -> None:
-        mode = forward.decision.mode
-        prefixes = [length - rows for length, rows in zip(seen, extend)]
-        if not self.settings.native_tail_rows:
-            forward.parts = ((mode, Rows(plan_extend(prefixes, extend, device))),)
-            return
-        whole = self._prompt_lengths(seen, extend)
-        if whole is None:
-            forward.decision = Decision("native", policy.PROMPT_UNKNOWN)
-            return
-        body, tail = split_tail(prefixes, extend, whole, self.settings.native_tail_rows, device)
-        forward.parts = ((mode, body), ("native", tail))
-
-    def _prompt_lengths(self, seen: tuple[int, ...], extend: list[int]) -> list[int] | None:
-        """Lengths of the whole prompts; None for another forward than that of the batch made last: SGLang's warm-up
-        and graph capture serve no request.
-        """
-        known = self._prompts
-        if known is None or known.seen != seen or known.extend != tuple(extend) or len(known.whole) != len(seen):
-            return None
-        return known.whole
 
     def _plan_trace(
         self, traces: TraceWriter, forward: Forward, seen: tuple[int, ...], extend: list[int], obstacle: str | None
     ) -> None:
-        plan = obstacle or traces.plan(seen, extend, self._prompt_lengths(seen, extend), self.settings_top_k())
+        plan = obstacle or traces.plan(seen, extend, prompt_lengths(self._prompts, seen, extend), self.settings_top_k())
         if isinstance(plan, TracePlan):
             forward.trace = plan
         elif self.counters.skip_trace(plan):
             logger.info("no trace of this forward: %s", plan)
 
-    def _compile(self, modes: Sequence[str], num_heads: int, top_k: int) -> None:
-        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
-
-        A mode with a kernel that does not compile is refused from then on.
-        """
-        from indexer_kernels.gpu.compile_check import compile_all
-
-        for mode in modes:
-            for name, error in compile_all(self.settings.params(top_k), num_heads, (mode,)):
-                if error is not None:
-                    self._broken.setdefault(mode, f"kernel {name} does not compile: {error}")
-                    self._reject(self._broken[mode])
-
 
 def _mode_numbers() -> dict[str, int]:
     return {mode: number for number, mode in enumerate(SERVE_MODES)}
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _same(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right))

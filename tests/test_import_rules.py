@@ -16,8 +16,8 @@ PACKAGES = ("indexer_kernels", "sglang_ext")
 
 # Package -> the only files (of the two packages) that may import it, lazily or not.
 ALLOWED = {
-    "sglang": ("sglang_ext/sglang_hooks.py",),
-    "sgl_kernel": ("sglang_ext/sglang_hooks.py",),
+    "sglang": ("sglang_ext/sglang_*.py",),
+    "sgl_kernel": ("sglang_ext/sglang_*.py",),
     "tilelang": (
         "indexer_kernels/gpu/*_kernel.py",
         "indexer_kernels/gpu/target.py",

@@ -4,14 +4,18 @@ import re
 from pathlib import Path
 
 from indexer_kernels import MODES
-from scripts.print_settings import README, with_table
+from scripts.print_settings import PAGES, README, with_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = README.read_text()
 
 
-def test_settings_table_is_the_generated_one():
-    assert with_table(TEXT) == TEXT, "run scripts/print_settings.py --write"
+def test_settings_tables_are_the_generated_ones():
+    assert {"README.md", "docs/monitoring.md"} <= set(PAGES)
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        assert with_table(text, page) == text, f"{page}: run scripts/print_settings.py --write"
+        assert page in TEXT or page == "README.md", f"README.md does not say that {page} lists settings"
 
 
 def test_is_short():

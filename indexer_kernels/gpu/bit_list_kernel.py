@@ -12,7 +12,7 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu.lists import Lists
 from indexer_kernels.gpu.target import PAGE_TOKENS, PASS_CONFIGS, TARGET
 
 ROWS = 16  # rows, and warps, of a CTA; a divisor of a unit's rows
@@ -43,9 +43,12 @@ def before_token(last, first_token):
     return T.if_then_else(inside >= 32, T.uint32(EVERY), (T.uint32(1) << T.cast(inside, "uint32")) - T.uint32(1))
 
 
-def bit_list_prim_func(unit_rows: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
+def bit_list_prim_func(
+    unit_rows: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool, by_row: bool = False
+):
     """slots[p * width + c], and positions if wanted: the c-th of the ascending tokens t of place p's row that have
     their bit in `mask` or are t < first_tokens or t >= length - local_tokens; of all its tokens if length <= budget.
+    With by_row lists, counts and unsure are numbered by row instead of by place.
 
     mask [units * octets * unit_rows / 4] int32 holds in word 2 * (place // 8) + place % 2 of a unit's octet, place
     counted in the unit, in bit 4 * (t % 8) + (place % 8) // 2 the row's bit of token t = 8 * octet + t % 8. counts[p]
@@ -57,6 +60,7 @@ def bit_list_prim_func(unit_rows: int, budget: int, first_tokens: int, local_tok
     num_units, words, num_rows = T.dynamic("num_units"), T.dynamic("words"), T.dynamic("num_rows")
     table_entries, entries = T.dynamic("table_entries"), T.dynamic("entries")
     num_places = num_units * unit_rows
+    num_lists = num_rows if by_row else num_places
 
     @T.prim_func
     def bit_list(
@@ -71,8 +75,8 @@ def bit_list_prim_func(unit_rows: int, budget: int, first_tokens: int, local_tok
         positions: T.Tensor((entries,), "int32"),
         slots: T.Tensor((entries,), "int32"),
         width: T.int32,
-        counts: T.Tensor((num_places,), "int32"),
-        unsure: T.Tensor((num_places,), "int32"),
+        counts: T.Tensor((num_lists,), "int32"),
+        unsure: T.Tensor((num_lists,), "int32"),
     ):
         with T.Kernel(num_units * parts, threads=ROWS * 32) as part:
             T.annotate_min_blocks_per_sm(CTAS_PER_SM)
@@ -104,7 +108,8 @@ def bit_list_prim_func(unit_rows: int, budget: int, first_tokens: int, local_tok
                 pages = T.cast(request[row], "int64") * table_width
             local = T.max(length - local_tokens, first_tokens)
             written = 0
-            entry = T.cast(place, "int64") * width + lane
+            listed = row if by_row else place
+            entry = T.cast(listed, "int64") * width + lane
             source = (T.cast(part // parts, "int64") * octets + thread // own_words) * octet_words
             source = source + part % parts * own_words + thread % own_words
             for w in T.unroll(LANE_WORDS, explicit=True):
@@ -179,20 +184,22 @@ def bit_list_prim_func(unit_rows: int, budget: int, first_tokens: int, local_tok
                                 positions[entry + i * 32] = chunk * CHUNK + token
                     entry = entry + total
                     written = written + total
-            if lane == 0:
-                counts[place] = T.min(written, width)
-                unsure[place] = T.if_then_else(
+            if lane == 0 and (not by_row or row >= 0):
+                counts[listed] = T.min(written, width)
+                unsure[listed] = T.if_then_else(
                     row < 0 or (written >= T.min(length, budget) and written <= limits[place]), 0, 1
                 )
 
-    return bit_list.with_attr("global_symbol", f"bit_list_u{unit_rows}")
+    return bit_list.with_attr("global_symbol", f"bit_list_u{unit_rows}{'_by_row' if by_row else ''}")
 
 
 @functools.cache
-def build(unit_rows: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
+def build(
+    unit_rows: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool, by_row: bool = False
+):
     """Compiled once per setting, whatever the batch."""
     return tilelang.compile(
-        bit_list_prim_func(unit_rows, budget, first_tokens, local_tokens, with_positions),
+        bit_list_prim_func(unit_rows, budget, first_tokens, local_tokens, with_positions, by_row),
         target=TARGET,
         execution_backend="tvm_ffi",
         pass_configs=CONFIGS,
@@ -210,17 +217,19 @@ def list_bits(
     budget: int,
     first_tokens: int,
     local_tokens: int,
+    by_row: bool = False,
 ) -> None:
     """Write to `lists` every token whose bit is set, the first first_tokens and last local_tokens.
 
     mask [units, cells, words] int32 of `routed_scores_kernel`, rows [places] int32 (-1: none), limits [places] int32.
+    lists are numbered by place or, with by_row, by row: then [M] like lengths, and those in rows are written.
     A row that sees at most `budget` tokens keeps them all, whatever its bits. A list is unsure with fewer than budget
     tokens, or more than its limit.
     """
     if rows.shape[0]:
         positions, slots, counts = lists.written
         with_positions = lists.positions is not None
-        build(2 * mask.shape[2], budget, first_tokens, local_tokens, with_positions)(
+        build(2 * mask.shape[2], budget, first_tokens, local_tokens, with_positions, by_row)(
             mask.view(-1),
             2 * mask.shape[1],
             rows,

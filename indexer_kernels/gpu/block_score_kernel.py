@@ -24,9 +24,7 @@ def block_score_prim_func(num_heads: int, block_size: int):
     splits CTAs share the block tiles of a product's rows: one for prefill, more where there are too few rows to fill
     the chip. Tiles whose rows see at most covered_length tokens are skipped: their selection needs no scores.
     """
-    product_rows = COLUMNS // num_heads
-    heads = 8 // product_rows  # of the 8 columns of which a thread holds two
-    steps = num_heads // heads
+    product_rows, steps = COLUMNS // num_heads, num_heads // 8
     num_rows, num_tiles = T.dynamic("num_rows"), T.dynamic("num_tiles")
     num_requests, block_tiles, splits = T.dynamic("num_requests"), T.dynamic("block_tiles"), T.dynamic("splits")
 
@@ -44,31 +42,28 @@ def block_score_prim_func(num_heads: int, block_size: int):
     ):
         with T.Kernel(TILE_ROWS // product_rows, splits, num_tiles, threads=THREADS) as (part, split, tile):
             q_shared = T.alloc_shared((COLUMNS, HEAD_DIM), "bfloat16")
-            row_shared = T.alloc_shared((product_rows,), "int32")
-            gate_shared = T.alloc_shared((COLUMNS,), "float32")
             mean_shared = T.alloc_shared((TILE_BLOCKS, HEAD_DIM), "bfloat16")
             product = T.alloc_fragment((TILE_BLOCKS, COLUMNS), "float32")
-            # Columns as (heads, head, row), rows innermost: a thread sums up two rows by itself, and lanes meet only
-            # where 8 columns hold several heads.
-            product4 = T.reshape(product, (TILE_BLOCKS, steps, heads, product_rows))
-            partial = T.alloc_fragment((TILE_BLOCKS, heads, product_rows), "float32")
+            # Columns as (row, 8 heads, head): a thread holds two of every 8, and adds those up before lanes meet.
+            product4 = T.reshape(product, (TILE_BLOCKS, product_rows, steps, 8))
+            partial = T.alloc_fragment((TILE_BLOCKS, product_rows, 8), "float32")
             score = T.alloc_fragment((TILE_BLOCKS, product_rows), "float32")
             gate = T.alloc_fragment((COLUMNS,), "float32")
-            gate3 = T.reshape(gate, (steps, heads, product_rows))
+            gate3 = T.reshape(gate, (product_rows, steps, 8))
             needed = T.alloc_var("int32")
             # Rows of a tile are filled from the front, so an empty first slot means an empty part.
             if (tile_rows[tile, part * product_rows] >= 0) and (tile_length[tile] > covered_length):
                 needed = T.min(T.ceildiv(tile_length[tile] // block_size, TILE_BLOCKS), block_tiles)
-                for r in T.Parallel(product_rows):
-                    row_shared[r] = T.max(tile_rows[tile, part * product_rows + r], 0)
                 for i, d in T.Parallel(COLUMNS, HEAD_DIM):
                     q_shared[i, d] = T.cast(
-                        q[row_shared[i % product_rows] * num_heads + i // product_rows, d], "bfloat16"
+                        q[
+                            T.max(tile_rows[tile, part * product_rows + i // num_heads], 0) * num_heads + i % num_heads,
+                            d,
+                        ],
+                        "bfloat16",
                     )
-                for r, h in T.Parallel(product_rows, num_heads):
-                    gate_shared[h * product_rows + r] = weights[row_shared[r], h]
                 for i in T.Parallel(COLUMNS):
-                    gate[i] = gate_shared[i]
+                    gate[i] = weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
                 for step in T.Pipelined(T.ceildiv(T.max(needed - split_ids[split], 0), splits), num_stages=STAGES):
                     T.copy(means[tile_request[tile], (split_ids[split] + step * splits) * TILE_BLOCKS, 0], mean_shared)
                     T.gemm(
@@ -80,12 +75,12 @@ def block_score_prim_func(num_heads: int, block_size: int):
                         policy=T.GemmWarpPolicy.FullRow,
                     )
                     T.clear(partial)
-                    for s in T.unroll(steps, explicit=True):
-                        for b, h, r in T.Parallel(TILE_BLOCKS, heads, product_rows):
-                            partial[b, h, r] = T.ieee_fmaf(
-                                T.max(product4[b, s, h, r], 0), gate3[s, h, r], partial[b, h, r]
+                    for h in T.unroll(steps, explicit=True):
+                        for b, r, c in T.Parallel(TILE_BLOCKS, product_rows, 8):
+                            partial[b, r, c] = T.ieee_fmaf(
+                                T.max(product4[b, r, h, c], 0), gate3[r, h, c], partial[b, r, c]
                             )
-                    T.reduce_sum(partial, score, dim=1)
+                    T.reduce_sum(partial, score, dim=2)
                     for r, b in T.Parallel(product_rows, TILE_BLOCKS):
                         out[
                             tile * TILE_ROWS + part * product_rows + r,

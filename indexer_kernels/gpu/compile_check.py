@@ -10,10 +10,10 @@ from indexer_kernels.gpu import (
     bit_list_kernel,
     block_score_kernel,
     candidate_counts_kernel,
-    candidate_list_kernel,
     decode_scores_kernel,
     group_proxy_kernel,
     group_rerank_kernel,
+    group_scan_kernel,
     head_route_kernel,
     page_means_kernel,
     page_select_kernel,
@@ -21,11 +21,12 @@ from indexer_kernels.gpu import (
     routed_pack_kernel,
     routed_scores_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_scores_kernel,
-    token_select_kernel,
 )
 from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
+from indexer_kernels.row_plan import TILE_ROWS
 
 H200_SMS = 132
 GPU_MODES = ("misa", "misa_rerank", "hisa", "group_rerank")
@@ -69,7 +70,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     if "misa_rerank" in modes or "hisa" in modes:
         builders |= _decode_builders(params, num_heads, modes)
     by_pages = "misa_rerank" in modes and params.candidate_unit == "page"
-    if torch.cuda.is_available() and (by_pages or "hisa" in modes or "group_rerank" in modes):
+    if torch.cuda.is_available() and (by_pages or "hisa" in modes):
         builders["DeepGEMM schedulers"] = functools.partial(_compile_schedulers, num_heads)
     return builders
 
@@ -107,14 +108,21 @@ def _compile_schedulers(num_heads: int) -> None:
 def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable[[], object]]:
     """The group's size in prefill, single rows in decode; positions for `select_rows`, slots for a server."""
     budget, group, forced = params.candidates, params.group, (PAGE_TOKENS, params.local_tokens)
-    builders = _threshold_builders("group", budget, forced, True)
-    for output in (False, True):
-        name = "position" if output else "slot"
+    builders: dict[str, Callable[[], object]] = {
+        f"group_scan {form}": functools.partial(group_scan_kernel.build, num_heads, form, H200_SMS)
+        for form in ("scores", "mask")
+    }
+    builders |= _sample_builders("group", budget, forced)
+    builders["group rescan_scores"] = functools.partial(rescan_kernel.compile_scores, num_heads, True)
+    for positions in (False, True):
+        name = "position" if positions else "slot"
         builders |= {
             f"group candidate_list {name}": functools.partial(
-                candidate_list_kernel.compile_for, budget, *forced, output
+                bit_list_kernel.build, TILE_ROWS, budget, *forced, positions, True
             ),
-            f"group token_select {name}": functools.partial(token_select_kernel.compile_for, budget, *forced, output),
+            f"group rescan_choice {name}": functools.partial(
+                rescan_kernel.compile_choice, num_heads, budget, *forced, positions, True
+            ),
         }
     for rows in sorted({1, group}):
         builders[f"group_proxies {rows}"] = functools.partial(group_proxy_kernel.compile_for, rows)
@@ -133,12 +141,10 @@ def _token_builders(
         f"routed_scores {form}": functools.partial(routed_scores_kernel.build, active, form, H200_SMS)
         for form in ("scores", "mask")
     }
-    builders["sample_keys"] = sample_kernel.compile_sample_keys
-    builders |= _threshold_builders(mode, budget, forced, False)
+    builders |= _sample_builders(mode, budget, forced)
     builders[f"{mode} candidate_list"] = functools.partial(
         bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, False
     )
-    builders["rescan_gather"] = rescan_kernel.compile_gather
     builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
     builders[f"{mode} rescan_choice"] = functools.partial(rescan_kernel.compile_choice, active, budget, *forced, False)
     builders[f"{mode} token_scores"] = functools.partial(
@@ -147,12 +153,17 @@ def _token_builders(
     return builders
 
 
-def _threshold_builders(
-    mode: str, budget: int, forced: tuple[int, int], among_all: bool
-) -> dict[str, Callable[[], object]]:
-    """One variant for each number of samples that some context needs."""
-    compile_for = functools.partial(sample_kernel.compile_sample_threshold, budget, *forced, among_all)
-    return {f"{mode} sample_threshold {held}": functools.partial(compile_for, held) for held in sample_kernel.HELD}
+def _sample_builders(mode: str, budget: int, forced: tuple[int, int]) -> dict[str, Callable[[], object]]:
+    """Thresholds from a sample, a variant for each number of samples that some context needs, and what finds the lists
+    that they did not get right.
+    """
+    compile_for = functools.partial(sample_threshold_kernel.build_for, budget, *forced)
+    builders: dict[str, Callable[[], object]] = {
+        f"{mode} sample_threshold {held}": functools.partial(compile_for, held) for held in sample_threshold_kernel.HELD
+    }
+    builders["sample_keys"] = sample_kernel.compile_sample_keys
+    builders["rescan_gather"] = rescan_kernel.compile_gather
+    return builders
 
 
 def _select_builders(

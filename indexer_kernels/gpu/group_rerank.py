@@ -3,27 +3,22 @@
 import torch
 
 from indexer_kernels.gpu import token_scores_kernel
-from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists, list_candidates
-from indexer_kernels.gpu.deep_gemm_logits import paged_logits
-from indexer_kernels.gpu.group_proxy_kernel import group_proxies
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
-from indexer_kernels.gpu.sample_kernel import list_width, sample_threshold
-from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
-from indexer_kernels.gpu.token_select_kernel import token_select
-from indexer_kernels.gpu.work import Work, counting, row_tables, slices, table_pages
+from indexer_kernels.gpu.group_scan import group_lists
+from indexer_kernels.gpu.target import HEAD_DIM
+from indexer_kernels.gpu.work import Work, slices
 from indexer_kernels.row_plan import RowPlan
-
-SCAN_GROUPS = 1024  # of one call to DeepGEMM, which gets a power of two: 0.6 GiB of scores at 128K tokens
 
 
 def group_rerank(work: Work) -> None:
     """The mean query of a group scans all tokens; every row of the group re-ranks what that found, with all heads."""
     plan, params = work.plan, work.params
     rows, row_place = plan.groups(params.group)
-    request, scanned, lengths = plan.kept(("groups", params.group), lambda: _facts(plan, params.group))
-    chosen = _scan(work, rows, request, scanned)
-    counts = torch.where(lengths > 0, chosen.counts[:, None] + lengths - scanned[:, None], 0)
-    groups = GroupList(chosen, rows, request, scanned, counts.amax(dim=1))
+    scans = plan.scans(params.group)
+    lengths = plan.kept(("lengths of groups", params.group), lambda: _lengths(plan, rows))
+    chosen = group_lists(work._replace(plan=scans), rows)
+    counts = torch.where(lengths > 0, chosen.counts[:, None] + lengths - scans.row_lengths[:, None], 0)
+    groups = GroupList(chosen, rows, scans.row_request, scans.row_lengths, counts.amax(dim=1))
     best = torch.empty((rows.numel(), params.top_k), dtype=torch.int32, device=rows.device)
     each = rows.shape[1]
     for part in slices(rows.shape[0], each * width_of(chosen.slots.shape[1], params.group) * 4):
@@ -34,37 +29,9 @@ def group_rerank(work: Work) -> None:
     group_pick(best, row_place, work.page_table, groups, work.slots, work.out)
 
 
-def _facts(plan: RowPlan, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each group its page-table row [G] and what its first position sees, present or not [G] (0: rows without
-    tokens); and the length of each of its rows [G, W], 0 for none. All int32.
-    """
-    rows = plan.groups(group).rows
-    first = rows[:, 0].long()
-    start = torch.div(plan.row_lengths[first] - 1, group, rounding_mode="floor") * group
-    lengths = torch.where(rows >= 0, plan.row_lengths[rows.clamp_min(0).long()], 0)
-    return plan.row_request[first], (start + 1).clamp_min(0), lengths
-
-
-def _scan(work: Work, rows: torch.Tensor, request: torch.Tensor, scanned: torch.Tensor) -> Lists:
-    """The candidates of each group among its scanned [G] tokens; rows [G, W] as in `RowGroups`, request [G]."""
-    num_groups, width, params = rows.shape[0], table_pages(work), work.params
-    budget, forced = params.candidates, (PAGE_TOKENS, params.local_tokens)
-    columns = list_width(budget, work.plan.max_length, token_scores_kernel.TILE)
-    chosen = empty_lists(num_groups, columns, not work.slots, rows.device)
-    group = counting(work.plan, num_groups)
-    each = width * PAGE_TOKENS * 4 + work.q.shape[1] * (HEAD_DIM + 4)
-    for part in slices(num_groups, each, most=SCAN_GROUPS):
-        proxies = group_proxies(work.q, work.weights, rows[part])
-        # A group whose tokens fit the budget keeps them all: nothing to scan, but DeepGEMM wants a token.
-        lengths = torch.where(scanned[part] > budget, scanned[part], 1)
-        table = row_tables(work, request[part], lengths)
-        scores = paged_logits(proxies.q, proxies.weights, work.pool.pages, table, lengths)
-        found = sample_threshold(scores, group[part], scanned, budget, *forced, among_all=True)
-        lists = chosen.part(part)
-        list_candidates(scores, group[part], scanned, found, request, work.page_table, lists, budget, *forced)
-        token_select(scores, group[part], scanned, request, work.page_table, lists, budget, *forced)
-        del proxies, scores  # before the next slice is allocated
-    return chosen
+def _lengths(plan: RowPlan, rows: torch.Tensor) -> torch.Tensor:
+    """Tokens that each row of a group sees, int32 [G, W], 0 for none."""
+    return torch.where(rows >= 0, plan.row_lengths[rows.clamp_min(0).long()], 0)
 
 
 def width_of(list_columns: int, group: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
-from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu.lists import Lists
 
 PICKS = 1024  # entries that a program of group_pick_kernel takes at a time
 PICK_DYNAMIC = [

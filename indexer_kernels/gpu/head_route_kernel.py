@@ -1,4 +1,4 @@
-"""TileLang body of head routing. One CTA serves four (H=64) or eight (H=32) rows of a tile."""
+"""TileLang body of head routing. One CTA serves two (H=64) or four (H=32) rows of a tile."""
 
 import functools
 
@@ -8,8 +8,8 @@ import tilelang.language as T
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
-HEADS = 256  # of all rows of a CTA, 64 for each of its warpgroups
-THREADS = 512
+HEADS = 128  # of all rows of a CTA, 64 for each of its warpgroups
+THREADS = 256
 TILE_BLOCKS = 128
 STAGES = 2
 

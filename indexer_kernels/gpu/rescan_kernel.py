@@ -1,7 +1,7 @@
 """Triton kernels for the rows whose sample misled: all tokens are scored again and the best are kept exactly.
 
-How many rows that are is known on the device alone. So their places are gathered first; then many programs score the
-first of them, a stretch each, and one program chooses the candidates of a row. Places beyond those whose scores can be
+How many rows that are is known on the device alone. So their lists are gathered first; then many programs score the
+first of them, a stretch each, and one program chooses the candidates of a row. Lists beyond those whose scores can be
 held are scored by that one program itself.
 """
 
@@ -10,42 +10,45 @@ import triton
 import triton.language as tl
 
 from indexer_kernels.gpu.ahead_of_launch import compile_sm90
-from indexer_kernels.gpu.candidate_list_kernel import Lists
-from indexer_kernels.gpu.token_select_kernel import choice_constants, keep_best
+from indexer_kernels.gpu.group_proxy_kernel import proxy_column
+from indexer_kernels.gpu.keep_best_kernel import choice_constants, keep_best
+from indexer_kernels.gpu.lists import Lists
 from indexer_kernels.page_layout import HEAD_DIM, KEY_BYTES, PAGE_BYTES
 
 TILE = 128  # keys of one product
 STRETCH = 2048  # keys of one program
-HEADS = 16  # columns of one product: the least of a tensor core's; only the routed ones count
-PLACES = 4096  # places looked at in one step
+LEAST_HEADS = 16  # columns of one product, of which only the active heads count: the least of a tensor core
+LISTS = 4096  # lists looked at in one step
 NUM_WARPS = 8
-KEYS = ["keys", "scales", "rows", "lengths", "request", "page_table", "table_width"]
-GATHERED = ["unsure", "num_places", "wanted"]
+KEYS = ["places", "keys", "scales", "rows", "lengths", "request", "page_table", "table_width"]
+GATHERED = ["unsure", "num_lists", "wanted"]
 SCORED = ["q", "gate", *KEYS, "wanted", "scratch", "scratch_stride"]
-CHOSEN = [*SCORED, "num_places", "positions", "slots", "counts", "width"]
+CHOSEN = [*SCORED, "num_lists", "positions", "slots", "counts", "width"]
 
 
 @triton.jit(do_not_specialize=GATHERED, do_not_specialize_on_alignment=GATHERED)
 def gather_unsure_kernel(
-    unsure,  # [places] int32
-    num_places,
-    wanted,  # [places] int32 out: the unsure places in their order, then -1
-    PLACES: tl.constexpr,
+    unsure,  # [lists] int32
+    num_lists,
+    wanted,  # [lists] int32 out: the unsure lists in their order, then -1
+    LISTS: tl.constexpr,
 ):
     written = tl.zeros((), tl.int32)
-    for start in range(0, num_places, PLACES):
-        place = start + tl.arange(0, PLACES)
-        is_unsure = tl.load(unsure + place, mask=place < num_places, other=0)
-        tl.store(wanted + place, -1, mask=place < num_places)
+    for start in range(0, num_lists, LISTS):
+        index = start + tl.arange(0, LISTS)
+        is_unsure = tl.load(unsure + index, mask=index < num_lists, other=0)
+        tl.store(wanted + index, -1, mask=index < num_lists)
         tl.debug_barrier()  # before another thread stores to the same word; entries go to the front, never past here
         slot = written + tl.cumsum(is_unsure) - 1
-        tl.store(wanted + slot, place, mask=is_unsure != 0)
+        tl.store(wanted + slot, index, mask=is_unsure != 0)
         written += tl.sum(is_unsure)
 
 
 @triton.jit
-def packed_head(place, head, ACTIVE: tl.constexpr):
-    """Where the scan's packed queries keep routed head `head` of a place: (tile, group of 8 rows, head, row)."""
+def packed_head(place, head, ACTIVE: tl.constexpr, PROXIES: tl.constexpr):
+    """Where the scan's queries have head `head` of a place: routed ones as (tile, group of 8 rows, head, row)."""
+    if PROXIES:
+        return proxy_column(place, head, ACTIVE)
     return (place // 8 * ACTIVE + head).to(tl.int64) * 8 + place % 8
 
 
@@ -61,19 +64,20 @@ def _score(
     scales,
     table,
     ACTIVE: tl.constexpr,
+    PROXIES: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BYTES: tl.constexpr,
 ):
-    """Routed scores of the tokens [first, stop) of a place's row, to base + token."""
+    """The scan's scores of the tokens [first, stop), by the heads packed at `place`, to base + token."""
     dim = tl.arange(0, DIM)
     head = tl.arange(0, HEADS)
-    packed = packed_head(place, head, ACTIVE)
-    routed = head < ACTIVE
-    query = tl.load(q + packed[:, None] * DIM + dim[None, :], mask=routed[:, None], other=0.0)
-    weight = tl.load(gate + packed, mask=routed, other=0.0)
+    packed = packed_head(place, head, ACTIVE, PROXIES)
+    active = head < ACTIVE
+    query = tl.load(q + packed[:, None] * DIM + dim[None, :], mask=active[:, None], other=0.0)
+    weight = tl.load(gate + packed, mask=active, other=0.0)
     for start in range(first, stop, TILE):
         token = start + tl.arange(0, TILE)
         inside = token < stop
@@ -90,39 +94,60 @@ def _score(
 def rescan_scores_kernel(
     q,  # [places * ACTIVE, DIM] fp8, packed
     gate,  # [places * ACTIVE] f32, packed
+    places,  # [lists] int32, where q and gate have each list's
     keys,  # the cache's bytes as fp8
     scales,  # the cache's bytes as f32
-    rows,  # [places] int32, the query row of each place or -1
+    rows,  # [lists] int32, the query row of each or -1
     lengths,  # [M] int32
     request,  # [M] int32
     page_table,  # [R, table_width] int32
     table_width,
-    wanted,  # [places] int32, the unsure places, then -1
+    wanted,  # [lists] int32, the unsure ones, then -1
     scratch,  # [programs, >= tokens] f32 out
     scratch_stride,
     STRETCH: tl.constexpr,
     ACTIVE: tl.constexpr,
+    PROXIES: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     KEY_BYTES: tl.constexpr,
 ):
-    place = tl.load(wanted + tl.program_id(1))
-    if place < 0:
+    index = tl.load(wanted + tl.program_id(1))
+    if index < 0:
         return
-    row = tl.load(rows + place)
+    row = tl.load(rows + index)
+    place = tl.load(places + index)
     first = tl.program_id(0) * STRETCH
     stop = tl.minimum(tl.load(lengths + row), first + STRETCH)
     table = page_table + tl.load(request + row).to(tl.int64) * table_width
     base = scratch + tl.program_id(1).to(tl.int64) * scratch_stride
-    _score(base, first, stop, place, q, gate, keys, scales, table, ACTIVE, HEADS, DIM, TILE, PAGE_BYTES, KEY_BYTES)
+    _score(
+        base,
+        first,
+        stop,
+        place,
+        q,
+        gate,
+        keys,
+        scales,
+        table,
+        ACTIVE,
+        PROXIES,
+        HEADS,
+        DIM,
+        TILE,
+        PAGE_BYTES,
+        KEY_BYTES,
+    )
 
 
 @triton.jit(do_not_specialize=CHOSEN, do_not_specialize_on_alignment=CHOSEN)
 def rescan_choice_kernel(
     q,
     gate,
+    places,
     keys,
     scales,
     rows,
@@ -131,12 +156,12 @@ def rescan_choice_kernel(
     page_table,
     table_width,
     wanted,
-    scratch,  # [programs, >= tokens] f32: scores of the first `programs` unsure places
+    scratch,  # [programs, >= tokens] f32: scores of the first `programs` unsure lists
     scratch_stride,
-    num_places,
-    positions,  # [places, width] int32 out
-    slots,  # [places, width] int32 out
-    counts,  # [places] int32 out
+    num_lists,
+    positions,  # [lists, width] int32 out
+    slots,  # [lists, width] int32 out
+    counts,  # [lists] int32 out
     width,
     BUDGET: tl.constexpr,
     FIRST: tl.constexpr,
@@ -144,6 +169,7 @@ def rescan_choice_kernel(
     BLOCK: tl.constexpr,
     WITH_POSITIONS: tl.constexpr,
     ACTIVE: tl.constexpr,
+    PROXIES: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -151,10 +177,10 @@ def rescan_choice_kernel(
     KEY_BYTES: tl.constexpr,
 ):
     base = scratch + tl.program_id(0).to(tl.int64) * scratch_stride
-    for turn in range(tl.program_id(0), num_places, tl.num_programs(0)):
-        place = tl.load(wanted + turn)
-        if place >= 0:
-            row = tl.load(rows + place)
+    for turn in range(tl.program_id(0), num_lists, tl.num_programs(0)):
+        index = tl.load(wanted + turn)
+        if index >= 0:
+            row = tl.load(rows + index)
             length = tl.load(lengths + row)
             table = page_table + tl.load(request + row).to(tl.int64) * table_width
             if turn >= tl.num_programs(0):
@@ -163,13 +189,14 @@ def rescan_choice_kernel(
                     base,
                     0,
                     length,
-                    place,
+                    tl.load(places + index),
                     q,
                     gate,
                     keys,
                     scales,
                     table,
                     ACTIVE,
+                    PROXIES,
                     HEADS,
                     DIM,
                     TILE,
@@ -177,14 +204,14 @@ def rescan_choice_kernel(
                     KEY_BYTES,
                 )
                 tl.debug_barrier()  # scores are read back by other threads than wrote them
-            out = place.to(tl.int64) * width
+            out = index.to(tl.int64) * width
             keep_best(
                 base,
                 length,
                 table,
                 positions + out,
                 slots + out,
-                counts + place,
+                counts + index,
                 BUDGET,
                 FIRST,
                 LOCAL,
@@ -196,6 +223,9 @@ def rescan_choice_kernel(
 def rescan(
     packed_q: torch.Tensor,
     packed_gate: torch.Tensor,
+    active_heads: int,
+    proxies: bool,
+    places: torch.Tensor,
     k_pages: torch.Tensor,
     rows: torch.Tensor,
     lengths: torch.Tensor,
@@ -208,22 +238,24 @@ def rescan(
     local_tokens: int,
     programs: int,
 ) -> None:
-    """Replace each unsure list by the row's exact candidates (as `token_select` chooses them from routed scores).
+    """Replace each unsure list by its row's exact candidates by the scan's scores, as `keep_best` chooses them.
 
-    packed_q [places * A, 128] fp8 and packed_gate [places * A] f32 as `routed_pack_kernel` lays them out, k_pages
-    [P, 8448] uint8, rows [places] int32. `programs` rows of max_length scores are held.
+    packed_q [>= places * A, 128] fp8 and packed_gate [>= places * A] f32 as `routed_pack_kernel` lays them out or, with
+    proxies, `group_proxy_kernel`; k_pages [P, 8448] uint8. List i belongs to row rows[i], whose A heads are packed at
+    places[i]; both [lists] int32. `programs` rows of max_length scores are held.
     """
-    places = rows.shape[0]
-    if places == 0:
+    num_lists = rows.shape[0]
+    if num_lists == 0:
         return
-    programs = min(programs, places)
+    programs = min(programs, num_lists)
     wanted = torch.empty_like(rows)
-    gather_unsure_kernel[(1,)](lists.unsure, places, wanted, PLACES=PLACES, num_warps=NUM_WARPS)
+    gather_unsure_kernel[(1,)](lists.unsure, num_lists, wanted, LISTS=LISTS, num_warps=NUM_WARPS)
     scratch = torch.empty((programs, -(-max_length // 4) * 4), dtype=torch.float32, device=k_pages.device)
-    active = packed_gate.shape[0] // places
+    constants = _score_constants(active_heads, proxies)
     scored = (
         packed_q,
         packed_gate,
+        places,
         k_pages.view(torch.float8_e4m3fn),
         k_pages.view(torch.float32),
         rows,
@@ -236,23 +268,24 @@ def rescan(
         scratch.stride(0),
     )
     rescan_scores_kernel[(triton.cdiv(max_length, STRETCH), programs)](
-        *scored, STRETCH=STRETCH, **_score_constants(active), num_warps=NUM_WARPS
+        *scored, STRETCH=STRETCH, **constants, num_warps=NUM_WARPS
     )
     rescan_choice_kernel[(programs,)](
         *scored,
-        places,
+        num_lists,
         *lists.written,
         lists.slots.shape[1],
         **choice_constants(budget, first_tokens, local_tokens, lists.positions is not None),
-        **_score_constants(active),
+        **constants,
         num_warps=NUM_WARPS,
     )
 
 
-def _score_constants(active: int) -> dict[str, int | bool]:
+def _score_constants(active: int, proxies: bool) -> dict[str, int | bool]:
     return {
         "ACTIVE": active,
-        "HEADS": HEADS,
+        "PROXIES": proxies,
+        "HEADS": max(LEAST_HEADS, active),
         "DIM": HEAD_DIM,
         "TILE": TILE,
         "PAGE_BYTES": PAGE_BYTES,
@@ -264,21 +297,24 @@ def _kinds(names: list[str]) -> dict[str, str]:
     kinds = dict.fromkeys(names, "*i32")
     kinds |= {name: "*fp8e4nv" for name in ("q", "keys") if name in kinds}
     kinds |= {name: "*fp32" for name in ("gate", "scales", "scratch") if name in kinds}
-    return kinds | {name: "i32" for name in ("table_width", "scratch_stride", "num_places", "width") if name in kinds}
+    return kinds | {name: "i32" for name in ("table_width", "scratch_stride", "num_lists", "width") if name in kinds}
 
 
 def compile_gather():
-    """The gathering of places, compiled for sm_90 without a GPU or a launch."""
-    return compile_sm90(gather_unsure_kernel, _kinds(GATHERED), {"PLACES": PLACES}, {"num_warps": NUM_WARPS})
+    """The gathering of lists, compiled for sm_90 without a GPU or a launch."""
+    return compile_sm90(gather_unsure_kernel, _kinds(GATHERED), {"LISTS": LISTS}, {"num_warps": NUM_WARPS})
 
 
-def compile_scores(active: int):
-    """The scores for one number of routed heads, compiled for sm_90 without a GPU or a launch."""
-    constants = {"STRETCH": STRETCH, **_score_constants(active)}
+def compile_scores(active: int, proxies: bool = False):
+    """The scores for one number of heads and their packing, compiled for sm_90 without a GPU or a launch."""
+    constants = {"STRETCH": STRETCH, **_score_constants(active, proxies)}
     return compile_sm90(rescan_scores_kernel, _kinds(SCORED), constants, {"num_warps": NUM_WARPS})
 
 
-def compile_choice(active: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool):
+def compile_choice(
+    active: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool, proxies: bool = False
+):
     """The choice for one setting, compiled for sm_90 without a GPU or a launch."""
-    constants = choice_constants(budget, first_tokens, local_tokens, with_positions) | _score_constants(active)
+    constants = choice_constants(budget, first_tokens, local_tokens, with_positions)
+    constants |= _score_constants(active, proxies)
     return compile_sm90(rescan_choice_kernel, _kinds(CHOSEN), constants, {"num_warps": NUM_WARPS})

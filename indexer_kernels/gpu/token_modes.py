@@ -13,10 +13,11 @@ import torch
 
 from indexer_kernels.gpu import token_scores_kernel
 from indexer_kernels.gpu.bit_list_kernel import list_bits
-from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists
+from indexer_kernels.gpu.lists import Lists, empty_lists
 from indexer_kernels.gpu.rescan_kernel import rescan
 from indexer_kernels.gpu.routed import Keys, Routed, cache_keys, route, routed_scan, whole_stages
-from indexer_kernels.gpu.sample_kernel import CELL, Sample, list_width, sample_keys, sample_threshold
+from indexer_kernels.gpu.sample_kernel import CELL, Sample, list_width, sample_keys
+from indexer_kernels.gpu.sample_threshold_kernel import sample_threshold
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
 from indexer_kernels.gpu.work import Work, counting, num_sms, pages_of, slices, table_pages
 from indexer_kernels.row_plan import TILE_ROWS, RowPlan
@@ -142,6 +143,9 @@ def candidate_lists(
     rescan(
         packed.q,
         packed.gate,
+        active_heads,
+        False,
+        counting(plan, rows.shape[0]),
         work.pool.pages,
         rows,
         plan.row_lengths,

@@ -103,7 +103,8 @@ def model_of(config: dict[str, Any] | None) -> Model:
 
 def check_phase(phase: str, settings: Settings, model: Model) -> Check:
     """What the policy would choose for one request of a few lengths, and why."""
-    refusal = kernel_refusal(policy.mode_to_try(phase, settings), settings, model) if asks(phase, settings) else None
+    modes = policy.kernel_modes(phase, settings) if asks(phase, settings) else ()
+    refusal = next(filter(None, (kernel_refusal(mode, settings, model) for mode in modes)), None)
     shown = []
     for length in PROBE_LENGTHS:
         rows = PROBE_ROWS if phase == "prefill" else 1

@@ -86,7 +86,7 @@ def test_every_size_is_compiled_ahead_while_sglang_builds_the_model(monkeypatch)
     ("mode", "unit", "needed"),
     [
         ("hisa", "token", True),
-        ("group_rerank", "token", True),
+        ("group_rerank", "token", False),
         ("misa_rerank", "page", True),
         ("misa_rerank", "token", False),
         ("misa", "token", False),

@@ -11,8 +11,8 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 from indexer_kernels.gpu import (
     bit_list_kernel,
     block_score_kernel,
-    candidate_list_kernel,
     decode_scores_kernel,
+    group_scan_kernel,
     head_route_kernel,
     page_means_kernel,
     page_select_kernel,
@@ -20,8 +20,8 @@ from indexer_kernels.gpu import (
     routed_pack_kernel,
     routed_scores_kernel,
     sample_kernel,
+    sample_threshold_kernel,
     token_scores_kernel,
-    token_select_kernel,
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all, kernel_builders
 from indexer_kernels.params import IndexerParams
@@ -71,14 +71,28 @@ def test_compiles_without_spills_and_keeps_its_products(name, tmp_path):
         assert kernel.count(opcode) == number, f"{name}: {kernel.count(opcode)} {opcode}, expected {number}"
 
 
-@pytest.mark.parametrize(("unit_rows", "with_positions"), [(32, False), (32, True), (16, False)])
-def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, with_positions, tmp_path):
-    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, 8192, 64, 128, with_positions)
+@pytest.mark.parametrize(
+    ("unit_rows", "with_positions", "by_row"),
+    [(32, False, False), (32, True, False), (16, False, False), (32, False, True), (32, True, True)],
+)
+def test_lists_of_bits_fit_three_blocks_and_wait_only_where_written(unit_rows, with_positions, by_row, tmp_path):
+    prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, 8192, 64, 128, with_positions, by_row)
     kernel = compile_sm90a(prim_func, tmp_path, bit_list_kernel.CONFIGS)
     assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
     assert f"__launch_bounds__({bit_list_kernel.ROWS * 32}, {bit_list_kernel.CTAS_PER_SM})" in kernel.source
     # A barrier that TileLang adds would stand where only the warps with tokens left come by.
     assert kernel.source.count("__syncthreads()") == 1
+
+
+@pytest.mark.parametrize("held", sample_threshold_kernel.HELD)
+def test_thresholds_fit_their_blocks(held, tmp_path):
+    constants = (sample_kernel.CELL, sample_kernel.MOST, sample_kernel.SIGMAS)
+    prim_func = sample_threshold_kernel.sample_threshold_prim_func(8192, 64, 128, *constants, held)
+    kernel = compile_sm90a(prim_func, tmp_path, sample_threshold_kernel.CONFIGS)
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    threads = sample_threshold_kernel.HELD[held]
+    assert f"__launch_bounds__({threads}, {1536 // threads})" in kernel.source
+    assert kernel.count("ATOMS.POPC.INC") == 2 * held // threads, "adds to a bin that lanes share are one operation"
 
 
 @pytest.mark.parametrize("capacity", page_select_kernel.CAPACITIES)
@@ -97,19 +111,13 @@ def test_page_select_does_not_spill(budget, unit_pages, values, capacity, tmp_pa
 @pytest.mark.parametrize(
     ("compiled", "products"),
     [
-        (lambda: token_select_kernel.compile_for(8192, 64, 128, True), None),
         (sample_kernel.compile_sample_keys, None),
-        (lambda: sample_kernel.compile_sample_threshold(8192, 64, 128, False, 8192), None),
-        (lambda: candidate_list_kernel.compile_for(8192, 64, 128, True), None),
         (rescan_kernel.compile_gather, None),
         (lambda: rescan_kernel.compile_scores(8), "QGMMA.64x16x32"),
         (lambda: rescan_kernel.compile_choice(8, 8192, 64, 128, False), "QGMMA.64x16x32"),
     ],
     ids=[
-        "token_select",
         "sample_keys",
-        "sample_threshold",
-        "list from scores",
         "rescan_gather",
         "rescan_scores",
         "rescan_choice",
@@ -130,10 +138,7 @@ def test_token_kernels_do_not_spill_and_keep_their_products(compiled, products, 
     ("kernel", "dynamic"),
     [
         (page_select_kernel.page_select_kernel, page_select_kernel.DYNAMIC),
-        (token_select_kernel.token_select_kernel, token_select_kernel.DYNAMIC),
-        (candidate_list_kernel.candidate_list_kernel, candidate_list_kernel.DYNAMIC),
         (sample_kernel.sample_keys_kernel, sample_kernel.COPIED),
-        (sample_kernel.sample_threshold_kernel, sample_kernel.SEARCHED),
         (rescan_kernel.gather_unsure_kernel, rescan_kernel.GATHERED),
         (rescan_kernel.rescan_scores_kernel, rescan_kernel.SCORED),
         (rescan_kernel.rescan_choice_kernel, rescan_kernel.CHOSEN),
@@ -159,7 +164,7 @@ DECODE = {
 ROUTED_DECODE = DECODE | {"route_statistics", "misa_rerank decode_scores"}
 SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
 STEPS = (
-    *(f"sample_threshold {held}" for held in sample_kernel.HELD),
+    *(f"sample_threshold {held}" for held in sample_threshold_kernel.HELD),
     "candidate_list",
     "rescan_choice",
     "token_scores",
@@ -276,6 +281,8 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     for module in (
         head_route_kernel,
         bit_list_kernel,
+        group_scan_kernel,
+        sample_threshold_kernel,
         block_score_kernel,
         routed_pack_kernel,
         routed_scores_kernel,
@@ -284,7 +291,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
-    assert {"misa token_scores", "misa_rerank candidate_list", "group token_select slot"} <= set(outcome)
+    assert {"misa token_scores", "misa_rerank candidate_list", "group rescan_choice slot"} <= set(outcome)
     assert not [name for name in outcome if name.startswith("page_select")], "the default candidates are tokens"
     assert {"hisa decode_scores", "misa_rerank decode_scores"} <= set(outcome)
     assert {name for name in outcome if name.startswith("block_select")} == {

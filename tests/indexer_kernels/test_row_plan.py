@@ -108,3 +108,25 @@ def test_what_a_decode_plan_derives_follows_its_lengths():
     assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [10, 18]
     lengths += 1
     assert plan.kept("twice", lambda: plan.row_lengths * 2).tolist() == [12, 20]
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=60))
+def test_scans_of_any_rows(group, rows):
+    """A scan for each group, in the order of the groups, over what its first position sees."""
+    request, lengths = [r for r, _ in rows], [n for _, n in rows]
+    plan = plan_rows(torch.tensor(request, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64), 3)
+    groups = plan.groups(group).rows.tolist()
+    first = [next(n for n in range(lengths[g[0]], -group, -1) if n % group == 1) for g in groups]
+    check(plan.scans(group), [request[g[0]] for g in groups], [max(n, 0) for n in first], 3)
+    assert plan.scans(group) is plan.scans(group)
+
+
+def test_scans_of_decode_follow_the_lengths():
+    lengths = torch.tensor([8, 0, 1, 5], dtype=torch.int32)
+    plan = plan_decode(lengths, 2)
+    assert plan.scans(4).row_lengths.tolist() == [5, 0, 1, 5] and plan.scans(4).max_length == plan.max_length
+    lengths[0] = 9
+    assert plan.scans(4).row_lengths.tolist() == [9, 0, 1, 5]
+    forward = plan.for_one_forward()
+    assert forward.scans(4) is forward.scans(4) and forward.scans(4).one_forward

@@ -1,5 +1,6 @@
 """An OpenAI-compatible server in a thread, with the plugin's routes, whose answers a test chooses."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -91,10 +92,11 @@ class FakeServer:
             def _stream(self, pieces: Iterator[str]) -> None:
                 self.send_response(200)
                 self.end_headers()
-                for piece in pieces:
-                    self.wfile.write(piece.encode())
-                    self.wfile.flush()
                 self.close_connection = True
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
+                    for piece in pieces:
+                        self.wfile.write(piece.encode())
+                        self.wfile.flush()
 
             do_GET = do_POST = _send
 

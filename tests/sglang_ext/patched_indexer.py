@@ -20,6 +20,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_ext import sglang_hooks
 from sglang_ext.counters import Counters
 from sglang_ext.settings import Settings
+from sglang_ext.shadow import Shadow
 from sglang_ext.stage import Stage
 from sglang_ext.trace_capture import TraceWriter
 from tests.support.inputs import Batch
@@ -33,6 +34,14 @@ TARGETS = (
     "sglang.srt.layers.attention.dsa.dsa_indexer_kpool.IndexerKPool.__init__",
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
     "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+    "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",
+    "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+    "sglang.srt.layers.attention.dsa.dsa_indexer.Indexer._forward_cuda_k_only",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.__init__",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.load_cpu_copy",
+    "sglang.srt.mem_cache.index_key_cache.IndexKeyCache.move",
+    "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_dsa_indexer_cell_size",
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin.ScheduleBatchDisaggregationDecodeMixin.process_prebuilt",
 )
 SWITCH_TARGET = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._update_handlers"
@@ -80,7 +89,7 @@ def hooked(stage: Stage) -> Iterator[Recorder]:
     """The hooks of `stage` on the real classes, around recorded originals of the Indexer's methods."""
     native = Recorder()
     with unpatched_sglang():
-        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged"):
+        for name in ("__init__", "_get_topk_ragged", "_get_topk_paged", "_forward_cuda_k_only"):
             setattr(Indexer, name, native.method(getattr(Indexer, name)))
         assert sglang_hooks.verify(stage.settings.runtime_switch) == []
         sglang_hooks.install(stage)
@@ -94,10 +103,12 @@ def use(stage: Stage, **settings: Any) -> None:
     defaults = {"mode": "misa", "backend": "reference", "route_block": 64, "active_heads": 2}
     stage.settings = Settings(**defaults | settings)
     stage.counters = Counters()
+    stage.shadow = Shadow.of(stage.settings)
     stage._prompts = None
     folder, rows = stage.settings.trace_dir, stage.settings.trace_rows
     stage._traces = None if folder is None else TraceWriter(folder, rows, {"_name_or_path": "models/tiny"})
-    stage._unsupported_logged.clear()
+    stage._support.rejected.clear()
+    stage._no_statistics = None
 
 
 def indexer(**changes: Any) -> Any:

@@ -15,7 +15,23 @@ CPU = torch.device("cpu")
 
 def test_empty():
     empty = {"forwards": [], "calls": [], "captured": [], "device_runs": {}}
-    assert Counters().snapshot() == empty | {"traces_written": 0, "traces_skipped": {}}
+    assert Counters().snapshot() == empty | {
+        "integrity_checked": 0,
+        "integrity_mismatches": 0,
+        "traces_written": 0,
+        "traces_skipped": {},
+    }
+
+
+def test_integrity_adds_up_in_one_place():
+    """Graphs are captured over the memory, so it must not be replaced."""
+    counters = Counters()
+    memory = counters.prepare_integrity(CPU)
+    for pages, mismatches in ((5, 0), (1 << 33, 2)):
+        counters.count_integrity(torch.tensor(pages), torch.tensor(mismatches, dtype=torch.int32))
+    assert counters.prepare_integrity(CPU) is memory
+    snapshot = counters.snapshot()
+    assert (snapshot["integrity_checked"], snapshot["integrity_mismatches"]) == (5 + (1 << 33), 2)
 
 
 def test_traces():

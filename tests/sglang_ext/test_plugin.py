@@ -112,7 +112,7 @@ print("patched", len(plugins.HookRegistry._patched))
 @pytest.mark.parametrize(
     ("sglang", "strict", "code", "patched", "said"),
     [
-        ("as_installed", "1", 0, "patched 6", "active: {"),
+        ("as_installed", "1", 0, "patched 14", "active: {"),
         ("changed", "1", 1, "", "sglang-ext (strict): "),
         ("changed", "0", 0, "patched 0", "inactive, SGLang's own indexer runs: "),
     ],

@@ -6,15 +6,22 @@ from dataclasses import replace
 import pytest
 
 from indexer_kernels import MODES
+from indexer_kernels.stage import MEANS_MODES
+from sglang_ext import break_even
 from sglang_ext.policy import (
+    AUTO_DECODE,
     AUTO_PREFILL,
     BY_CHOICE,
+    STATISTICS_MODES,
     UNSUPPORTED,
     BatchView,
     Decision,
+    always_native,
     asks,
     choose,
+    kernel_modes,
     mode_to_try,
+    needs_statistics,
 )
 from sglang_ext.settings import SERVE_MODES, Settings
 
@@ -91,8 +98,9 @@ def test_choose(settings, batch, want):
 
 def test_the_table_reaches_every_reason():
     reached = {want.reason for _, _, want in TABLE}
-    # A layer kept native, and a prompt's end nobody knows, come after the forward's decision (test_stage.py).
-    assert reached == set(UNSUPPORTED) | BY_CHOICE - {"native_layer", "prompt_unknown"}
+    # A layer kept native, or taken back by the guard, and a prompt's end nobody knows, come after the forward's
+    # decision (test_stage.py, test_guard.py).
+    assert reached == set(UNSUPPORTED) | BY_CHOICE - {"native_layer", "guard", "prompt_unknown"}
 
 
 def test_the_reasons_are_told_apart():
@@ -110,6 +118,54 @@ def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode
     assert asks(phase, settings) == (outcome != "native")
     if asks(phase, settings):
         assert mode_to_try(phase, settings) == outcome
+
+
+# Decode once its break-even is measured: {rows: context limit}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(break_even, "DECODE_MIN_TOKENS", {8: 1 << 16, 32: 1 << 15})
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "want"),
+    [
+        (7, 1 << 20, Decision("native", "below_break_even")),
+        (8, 1 << 16, Decision("hisa", "auto_selected")),
+        (31, (1 << 16) - 1, Decision("native", "below_break_even")),
+        (32, 1 << 15, Decision("hisa", "auto_selected")),
+        (512, 1 << 15, Decision("hisa", "auto_selected")),
+        (512, (1 << 15) - 64, Decision("native", "below_break_even")),
+    ],
+)
+def test_auto_decode_goes_by_rows_and_context_limit(measured, rows, limit, want):
+    view = BatchView("decode", rows, None, limit)
+    assert choose(view, Settings()) == choose(view, PAGES) == want
+    assert choose(view._replace(unsupported="no_statistics"), Settings()) == Decision("native", "no_statistics")
+    assert choose(view, Settings(decode_mode="hisa")) == Decision("hisa", "configured")
+
+
+def test_auto_decode_asks_once_it_is_measured(measured):
+    assert asks("decode", Settings()) and mode_to_try("decode", Settings()) == AUTO_DECODE
+    assert needs_statistics(Settings()) and not always_native(Settings())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "native"])
+def test_kernel_modes(mode, phase):
+    want = ("misa_rerank", "hisa") if (mode, phase) == ("misa_rerank", "decode") else (mode,)
+    assert kernel_modes(phase, Settings(mode=mode)) == want
+
+
+def test_statistics_modes_are_those_that_the_kernels_take_means_for():
+    assert set(STATISTICS_MODES) == set(MEANS_MODES)
+
+
+@pytest.mark.parametrize("mode", SERVE_MODES)
+def test_statistics_are_for_decode_modes_that_read_them(mode):
+    assert needs_statistics(Settings(decode_mode=mode)) == (mode in ("hisa", "misa_rerank"))
+    assert not needs_statistics(Settings(prefill_mode=mode, decode_mode="native"))
 
 
 def test_the_same_question_has_the_same_answer():

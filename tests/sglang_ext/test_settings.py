@@ -101,6 +101,11 @@ def test_own_field_must_be_an_object(value):
         ("strict", 2, ("true or false",)),
         ("runtime_switch", "", ("true or false",)),
         ("trace_rows", 0, ("at least 1",)),
+        ("shadow_rows", 0, ("at least 1",)),
+        ("guard_min_samples", 0, ("at least 1",)),
+        *[(name, value, ("from 0 to 1",)) for name in ("shadow_rate", "guard_overlap") for value in (-0.1, 1.1, "nan")],
+        *[("shadow_rate", value, ("a number",)) for value in ("1%", "", True, None, [0.1])],
+        ("guard_overlap", 0.9, ("shadow_rate",)),
         ("active_heads", "eight", ("integer",)),
         ("active_heads", "", ("integer",)),
         ("active_heads", 4.5, ("integer",)),
@@ -142,6 +147,12 @@ def test_false(text):
 def test_integer(value):
     heads = load_settings({"sglang_ext": {"active_heads": value}}, {}).active_heads
     assert heads == 16 and type(heads) is int
+
+
+@pytest.mark.parametrize("value", [0.25, "0.25", " 2.5e-1 "])
+def test_number(value):
+    assert load_settings({"sglang_ext": {"shadow_rate": value}}, {}).shadow_rate == 0.25
+    assert load_settings({"sglang_ext": {"shadow_rate": 1}}, {"SGLANG_EXT_GUARD_OVERLAP": "0.9"}).guard_overlap == 0.9
 
 
 @pytest.mark.parametrize("value", ["Hisa", " hisa\n", "HISA"])

@@ -108,9 +108,25 @@ def test_decode_keeps_no_plan_made_inside_a_capture(monkeypatch):
     """It would live in that graph's memory."""
     stage, attention = Stage(MISA, {}), Attention()
     same = {"lengths": torch.tensor([130, 7], dtype=torch.int32), "page_table": table(2)}
-    monkeypatch.setattr("sglang_ext.stage._capturing", lambda device: True)
+    monkeypatch.setattr("sglang_ext.forwards.capturing", lambda device: True)
     captured = decode(stage, attention=attention, **same)
     assert captured.parts and decode(stage, attention=attention, **same) is not captured
+
+
+def test_what_layers_derive_from_lengths_lives_for_one_forward():
+    """Layers ascend: one that is not above the last begins another forward, whose lengths may be new."""
+    stage, attention = Stage(MISA, {}), Attention()
+    same = {"lengths": torch.tensor([130, 7], dtype=torch.int32), "page_table": table(2)}
+
+    def made(layer: int) -> object:
+        forward = decode(stage, attention=attention, layer_id=layer, **same)
+        return forward.parts[0][1].plan.kept("lengths", object)
+
+    first = made(3)
+    assert made(5) is first and made(60) is first
+    second = made(3)
+    assert second is not first and made(5) is second
+    assert made(5) is not second, "a draft model's only layer begins a forward each time"
 
 
 def test_decode_reads_no_length_back():
@@ -275,7 +291,7 @@ def test_longer_than_the_kernels_hold(batch, monkeypatch, limit, want):
     fake = ModuleType("pipeline")
     fake.max_tokens = lambda mode: {"misa": limit}[mode]
     monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.pipeline", fake)
-    monkeypatch.setattr("sglang_ext.stage.gpu_refusal", lambda mode, q, params: None)
+    monkeypatch.setattr("sglang_ext.support.gpu_refusal", lambda mode, q, params: None)
     stage = Stage(replace(MISA, backend="gpu"), {})
     assert prefill(stage, batch).decision.reason == want
     # decode is bounded by its page table: 3 pages

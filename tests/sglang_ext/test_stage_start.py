@@ -108,7 +108,7 @@ def gpu(monkeypatch):
     compile_check = ModuleType("compile_check")
     compile_check.compile_all = compile_all
     monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.compile_check", compile_check)
-    monkeypatch.setattr("sglang_ext.stage.gpu_refusal", gpu_refusal)
+    monkeypatch.setattr("sglang_ext.support.gpu_refusal", gpu_refusal)
     monkeypatch.setattr("sglang_ext.stage.Counters.prepare_device", lambda _self, device: seen.prepared.append(device))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: empty(*a, **kw))
@@ -190,6 +190,39 @@ def test_a_mode_is_compiled_once_for_both_phases_and_all_modes_for_a_switch(gpu)
     switched = {"SGLANG_EXT_PREFILL_MODE": "misa", "SGLANG_EXT_DECODE_MODE": "native", "SGLANG_EXT_RUNTIME_SWITCH": "1"}
     start(Stage(load_settings(None, switched), switched), {}, device=gpu.device)
     assert [mode for _, _, mode in gpu.compiled] == ["misa", "native", "misa_rerank", "hisa"]
+
+
+@pytest.mark.parametrize("kind", ["refusal", "failures", None])
+def test_no_statistics_for_a_mode_without_kernels(gpu, kind):
+    """They would take memory for a decode that stays native."""
+    if kind is not None:
+        getattr(gpu, kind).update({"hisa": "no such GPU", "pack": "syntax error"})
+    own = {"prefill_mode": "native", "decode_mode": "hisa"}
+    stage = Stage(Settings(**own), {})
+    assert stage.wants_statistics()
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    assert stage.wants_statistics() == (kind is None)
+
+
+def test_a_draft_model_without_kernels_leaves_the_served_models_statistics(gpu):
+    own = {"prefill_mode": "native", "decode_mode": "hisa"}
+    stage = Stage(Settings(**own), {})
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    gpu.refusal["hisa"] = "no such heads"
+    stage.start({"sglang_ext": own}, 0, 8, 128, 2048, gpu.device)
+    assert len(stage.status()["refused"]) == 1 and stage.wants_statistics()
+
+
+def test_decode_misa_rerank_needs_hisas_kernels_too(gpu, caplog):
+    """From stored statistics it chooses blocks as hisa does."""
+    own = {"prefill_mode": "native", "decode_mode": "misa_rerank"}
+    start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
+    assert gpu.compiled == [(2048, 64, "misa_rerank"), (2048, 64, "hisa")]
+    gpu.refusal["hisa"] = "no blocks"
+    stage = Stage(Settings(**own), {})
+    start(stage, {"sglang_ext": own}, device=gpu.device)
+    assert not stage.wants_statistics()
+    assert "decode mode 'misa_rerank': no blocks" in log_lines(caplog, logging.WARNING)[-1]
 
 
 def test_a_kernel_that_does_not_compile_means_native_with_a_reason(gpu, monkeypatch, batch):

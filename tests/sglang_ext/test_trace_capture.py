@@ -159,7 +159,7 @@ def test_what_cannot_be_read_is_skipped_even_in_native_mode(stage, native, tmp_p
 
 
 def test_never_while_a_graph_is_captured(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr("sglang_ext.stage._capturing", lambda device: True)
+    monkeypatch.setattr("sglang_ext.stage.capturing", lambda device: True)
     serve(stage, make_batch([300], [40], num_heads=8), [40], [300])
     assert skipped(stage) == {"graph_capture": 1} and names(tmp_path) == []
 

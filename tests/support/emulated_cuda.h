@@ -2,19 +2,21 @@
 // compiler can run them on a CPU: every thread of a block is a fibre, which yields where it would wait for others.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <ucontext.h>
 #include <vector>
 
 #define __global__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
 using std::max;
 using std::min;
+static constexpr float CUDART_INF_F = INFINITY;
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
@@ -82,7 +84,7 @@ static bool launch(int blocks, int threads, void (*kernel)()) {
     }
     for (int left = threads, idle = 0; left;) {
       left = 0;
-      if (++idle > 1000000) return false;
+      if (++idle > 100000) return false;
       for (int i = 0; i < threads; ++i) {
         const int t = b % 2 ? threads - 1 - i : i;
         if (finished[t]) continue;
@@ -115,6 +117,10 @@ template <class T, class V> static void AtomicAdd(T* address, V value, int = 0) 
 namespace tl {
 template <class T> static T warp_reduce_max(T value) {
   for (int d = 16; d; d /= 2) value = std::max(value, __shfl_xor_sync(0, value, d, 32));
+  return value;
+}
+template <class T> static T warp_reduce_sum(T value) {
+  for (int d = 16; d; d /= 2) value += __shfl_xor_sync(0, value, d, 32);
   return value;
 }
 }  // namespace tl

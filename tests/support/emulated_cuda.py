@@ -1,7 +1,8 @@
-"""Runs the CUDA that TileLang generates on a CPU: kernels of integer and warp instructions, without matrix products.
+"""Runs the CUDA that TileLang generates on a CPU.
 
 The source is compiled by g++ against `emulated_cuda.h`, whose barriers and shuffles wait for all threads that CUDA's
-wait for: a missing barrier, or one that not every thread reaches, shows as a wrong result or an error.
+wait for: a missing barrier, or one that not every thread reaches, shows as a wrong result or an error. What Hopper does
+beside the threads, copies and products, `emulated_hopper.h` does at once.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from indexer_kernels.gpu import bit_list_kernel
+from indexer_kernels.gpu import bit_list_kernel, group_scan_kernel, sample_threshold_kernel
 from tests.support.sm90a import lower
 
 
@@ -28,14 +29,16 @@ def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) 
     )
     name, parameters = re.search(r"void (\w+)\(([^)]*)\);", source).groups()
     threads = int(re.search(r"__launch_bounds__\((\d+)", source).group(1))
-    declared = [parameter.replace("__restrict__", "").strip() for parameter in parameters.split(",")]
+    parameters = parameters.replace("__restrict__", "").replace("__grid_constant__ const CUtensorMap", "CUtensorMap")
+    declared = [parameter.strip() for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in declared]
     entry = "".join(f"static {parameter}_;\n" for parameter in declared)
     entry += f'extern "C" int emulated_launch(int blocks, {", ".join(declared)}) {{\n'
     entry += "".join(f"  {n}_ = {n};\n" for n in names)
     arguments = ", ".join(f"{n}_" for n in names)
     entry += f"  return emulated::launch(blocks, {threads}, [] {{ {name}({arguments}); }});\n}}\n"
-    function = _compiled(f"{Path(__file__).with_name('emulated_cuda.h').read_text()}\n{source}\n{entry}")
+    headers = [Path(__file__).with_name(f"emulated_{name}.h").read_text() for name in ("cuda", "hopper")]
+    function = _compiled("\n".join([*headers, source, entry]))
 
     def call(*values: torch.Tensor | int) -> None:
         given = dict(zip((parameter.name for parameter in prim_func.params), values, strict=True))
@@ -49,7 +52,7 @@ def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) 
         passed = {**given, **dims}
         pointers = [
             ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int(value)
-            for value in (passed[n] for n in names)
+            for value in (passed[n.removesuffix("_desc")] for n in names)
         ]
         assert function(blocks(dims), *pointers), f"{name}: threads wait for each other"
 
@@ -57,10 +60,10 @@ def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) 
 
 
 def _bind(dims: dict[str, int], dim, size: int) -> None:
-    """A dynamic dimension is a name, a number, or a name times a number."""
+    """A dynamic dimension is a name, a number, or a name times numbers."""
     factor = 1
-    if hasattr(dim, "b"):
-        dim, factor = dim.a, int(dim.b)
+    while hasattr(dim, "b"):
+        dim, factor = dim.a, factor * int(dim.b)
     if hasattr(dim, "name"):
         assert size % factor == 0 and dims.setdefault(dim.name, size // factor) == size // factor, (dim.name, size)
     else:
@@ -84,3 +87,17 @@ def build_bit_list(unit_rows: int, *setting: int | bool) -> Callable[..., None]:
     prim_func = bit_list_kernel.bit_list_prim_func(unit_rows, *setting)
     parts = unit_rows // bit_list_kernel.ROWS
     return emulated(prim_func, bit_list_kernel.CONFIGS, lambda dims: dims["num_units"] * parts)
+
+
+@functools.cache
+def build_sample_threshold(*setting: float) -> Callable[..., None]:
+    """In place of `sample_threshold_kernel.build`."""
+    prim_func = sample_threshold_kernel.sample_threshold_prim_func(*setting)
+    return emulated(prim_func, sample_threshold_kernel.CONFIGS, lambda dims: dims["places"])
+
+
+@functools.cache
+def build_group_scan(num_heads: int, form: str, num_sms: int) -> Callable[..., None]:
+    """In place of `group_scan_kernel.build`."""
+    prim_func = group_scan_kernel.group_scan_prim_func(num_heads, form, num_sms)
+    return emulated(prim_func, group_scan_kernel.configs(form), lambda _dims: num_sms)

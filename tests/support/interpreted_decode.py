@@ -17,15 +17,14 @@ from triton.runtime import interpreter
 
 from indexer_kernels import IndexerParams, page_means, select_rows
 from indexer_kernels.gpu import decode, decode_scores_kernel, page_means_kernel, pipeline
-from indexer_kernels.page_layout import PAGE_TOKENS, positions_to_slots
+from indexer_kernels.page_layout import PAGE_TOKENS, positions_to_slots, unpack_pages
 from indexer_kernels.reference import statistics
 from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
-from indexer_kernels.reference.scores import block_scores
+from indexer_kernels.reference.scores import block_scores, token_scores
 from indexer_kernels.row_plan import RowPlan, plan_decode
 from tests.support.compare import assert_form, overlap
 from tests.support.gpu_calls import CountingTopK
 from tests.support.inputs import Batch, make_batch
-from tests.support.interpreted_group_rerank import float_logits
 
 HISA = IndexerParams(top_k=64, block_size=128, top_blocks=5, local_tokens=40, active_heads=4, route_block=128)
 # Two pages a block and one, statistics of the same blocks and of others, both statistics, forced blocks of any number.
@@ -37,6 +36,18 @@ SETTINGS = (
 )
 LENGTHS = [5000, 1300, 1, 640, 641, 63, 64, 1299]
 SEEN = (LENGTHS, [4223, 1280, 0, 639, 1, 1, 1, 640])  # the second: as a graph replays, with padding and idle rows
+
+
+def float_logits(
+    q: torch.Tensor, weights: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """`paged_logits` by the reference; NaN behind a row's end. Every page id of the table has to exist."""
+    assert int(page_table.min()) >= 0 and int(page_table.max()) < k_pages.shape[0] and int(lengths.min()) >= 1
+    scores = torch.full((q.shape[0], page_table.shape[1] * PAGE_TOKENS + 8), float("nan"))
+    for row, length in enumerate(lengths.tolist()):
+        k, k_scale = unpack_pages(k_pages[page_table[row].long()], length)
+        scores[row, :length] = token_scores(q[row : row + 1], weights[row : row + 1], k, k_scale)[0]
+    return scores[:, : page_table.shape[1] * PAGE_TOKENS]
 
 
 def round_and_multiply_bfloat16() -> None:

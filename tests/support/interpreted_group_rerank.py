@@ -1,8 +1,7 @@
 """Runs group_rerank of the gpu backend in Triton's interpreter, on a CPU, against the references.
 
-A program of its own, like `interpreted_kernels`. The steps that are neither Triton nor torch, DeepGEMM's logits and
-TileLang's scores of a list, are computed by the reference, and so are the proxies, for the interpreter does not round
-to fp8 as a GPU does.
+A program of its own, like `interpreted_kernels`. The products of TileLang, the scan and the scores of a list, are
+computed by the reference, and so are the proxies, for the interpreter does not round to fp8 as a GPU does.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_group_rerank
 
@@ -15,35 +14,62 @@ from unittest import mock
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import group_rerank, token_select_kernel, work
-from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu import (
+    bit_list_kernel,
+    group_rerank,
+    group_scan,
+    keep_best_kernel,
+    sample_kernel,
+    sample_threshold_kernel,
+    work,
+)
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
+from indexer_kernels.gpu.lists import Lists
+from indexer_kernels.gpu.routed import Keys
 from indexer_kernels.gpu.work import Pool, Work
-from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS, positions_to_slots, unpack_pages
+from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS, positions_to_slots
 from indexer_kernels.reference.candidates import group_candidates
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.row_groups import group_proxies
-from indexer_kernels.row_plan import RowPlan, plan_decode, plan_rows
+from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_decode, plan_rows
 from indexer_kernels.top_k import torch_top_k
 from tests.support.compare import assert_form, assert_nothing_lost
+from tests.support.emulated_cuda import build_bit_list, build_sample_threshold
 from tests.support.inputs import Batch, make_batch
+from tests.support.interpreted_token_modes import mask_of
+from tests.support.packed_proxies import packed, unpacked
 
 PARAMS = IndexerParams(top_k=64, candidates=384, local_tokens=40)
-# Lengths and rows: beyond the budget, at it, within it, of one token; whole groups, and groups cut at both ends.
-SHAPES = (([705, 131, 1, 387, 384, 386], [9, 3, 1, 3, 2, 2]), ([1500], [6]))
+# Lengths and rows: beyond the budget, at it, within it, of one token; whole groups, and groups cut at both ends; more
+# groups than a tile has places.
+SHAPES = (([705, 131, 1, 387, 384, 386], [9, 3, 1, 3, 2, 2]), ([1000], [70]))
 BYTES = {"whole": work.SCRATCH_BYTES, "sliced": 3 << 12}
+# Heads, group, scratch, and how far the sample is mistrusted: with 0 many lists are too short and scanned again.
+CASES = (
+    (64, 4, "whole", 5.0),
+    (64, 2, "sliced", 0.0),
+    (64, 4, "sliced", 5.0),
+    (32, 2, "whole", 0.0),
+)
 
 
-def float_logits(
-    q: torch.Tensor, weights: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """`paged_logits` by the reference; NaN behind a row's end. Every page id of the table has to exist."""
-    assert int(page_table.min()) >= 0 and int(page_table.max()) < k_pages.shape[0] and int(lengths.min()) >= 1
-    scores = torch.full((q.shape[0], page_table.shape[1] * PAGE_TOKENS + 8), float("nan"))
-    for row, length in enumerate(lengths.tolist()):
-        k, k_scale = unpack_pages(k_pages[page_table[row].long()], length)
-        scores[row, :length] = token_scores(q[row : row + 1], weights[row : row + 1], k, k_scale)[0]
-    return scores[:, : page_table.shape[1] * PAGE_TOKENS]
+def float_scan(job: Work, proxies, scanned: Keys, tile_pages, tiles, width, form, thresholds=None) -> torch.Tensor:
+    """`group_scan.scan` by the reference; NaN past a tile's pages and at places without a group, and no bit there."""
+    plan, of_place = job.plan, unpacked(proxies, job.q.shape[1])
+    scores = torch.full(((tiles.stop - tiles.start) * TILE_ROWS, width * PAGE_TOKENS), float("nan"))
+    for place, row in enumerate(plan.tile_rows[tiles].flatten().tolist()):
+        tile = tiles.start + place // TILE_ROWS
+        pages = int(tile_pages[tile]) if row >= 0 else 0
+        if pages:
+            page = scanned.page_table[int(plan.tile_request[tile]), :pages].long()
+            keys = scanned.keys.view(torch.uint8).view(-1, 66, 128)[page, :64].reshape(-1, 128)
+            scales = scanned.scales.view(-1, 33, 64)[page, 32].flatten()
+            one = slice(tiles.start * TILE_ROWS + place, tiles.start * TILE_ROWS + place + 1)
+            tensors = (of_place.q[one], of_place.weights[one], keys.view(torch.float8_e4m3fn), scales)
+            scores[place, : pages * PAGE_TOKENS] = token_scores(*tensors)[0]
+    if form == "scores":
+        return scores
+    return mask_of((scores >= thresholds[:, None]).view(-1, TILE_ROWS, width * PAGE_TOKENS))
 
 
 def float_scores(job: Work, groups: GroupList) -> torch.Tensor:
@@ -109,8 +135,8 @@ def run(batch: Batch, plan: RowPlan, params: IndexerParams, slots: bool = False)
     out = torch.full((plan.num_rows, params.top_k), -9, dtype=torch.int32)
     job = Work(batch.q, batch.weights, pool, batch.page_table, plan, params, slots, aligned(torch_top_k), out)
     kept: list[Lists] = []
-    scan = group_rerank._scan
-    with mock.patch.object(group_rerank, "_scan", lambda *args: kept.append(scan(*args)) or kept[0]):
+    lists = group_rerank.group_lists
+    with mock.patch.object(group_rerank, "group_lists", lambda *args: kept.append(lists(*args)) or kept[0]):
         group_rerank.group_rerank(job)
     return out, kept[0]
 
@@ -168,13 +194,14 @@ def check_mode(batch: Batch, plan: RowPlan, params: IndexerParams) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK = 512  # several blocks a row on short rows
-    group_rerank.paged_logits, group_rerank.group_scores = float_logits, float_scores
-    group_rerank.group_proxies = group_proxies
+    keep_best_kernel.BLOCK = 512  # several blocks a row on short rows
+    bit_list_kernel.build, sample_threshold_kernel.build = build_bit_list, build_sample_threshold
+    group_scan.scan, group_scan.num_sms, group_rerank.group_scores = float_scan, lambda _device: 2, float_scores
+    group_scan.group_proxies = lambda q, weights, rows, *places: packed(group_proxies(q, weights, rows), *places)
     compared = 0
     for lengths, rows in SHAPES:
-        for num_heads, group, scratch in ((64, 4, "whole"), (64, 2, "sliced"), (64, 4, "sliced"), (32, 2, "whole")):
-            work.SCRATCH_BYTES = BYTES[scratch]
+        for num_heads, group, scratch, sigmas in CASES:
+            work.SCRATCH_BYTES, sample_kernel.SIGMAS = BYTES[scratch], sigmas
             params = IndexerParams(top_k=64, candidates=384, local_tokens=40, group=group)
             batch = make_batch(lengths, rows, num_heads=num_heads, seed=5)
             check_pick(batch, group)

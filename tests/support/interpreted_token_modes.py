@@ -13,17 +13,25 @@ import dataclasses
 import torch
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import bit_list_kernel, pipeline, sample_kernel, token_modes, token_select_kernel, work
-from indexer_kernels.gpu.candidate_list_kernel import Lists
+from indexer_kernels.gpu import (
+    bit_list_kernel,
+    keep_best_kernel,
+    pipeline,
+    sample_kernel,
+    sample_threshold_kernel,
+    token_modes,
+    work,
+)
+from indexer_kernels.gpu.lists import Lists
 from indexer_kernels.gpu.routed import Keys, Routed
-from indexer_kernels.gpu.routed_scores_kernel import mask_words, unit_rows
+from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import Work
 from indexer_kernels.reference.routing import route_heads, routing_scores
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.reference.statistics import block_means
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
-from tests.support.emulated_cuda import build_bit_list
+from tests.support.emulated_cuda import build_bit_list, build_sample_threshold
 from tests.support.inputs import Batch, make_batch
 from tests.support.interpreted_kernels import packed_heads
 
@@ -62,9 +70,13 @@ def float_scan(job, routed, scanned: Keys, tile_pages, tiles, width, form, thres
         scores[tile, :, : pages * 64] = token_scores(q[tile].view(torch.float8_e4m3fn), gate[tile], keys, scales)
     if form == "scores":
         return scores.view(count * TILE_ROWS, -1)
-    rows, words = unit_rows(active), mask_words(active)
-    reached = (scores >= thresholds.view(count, TILE_ROWS, 1)).view(-1, rows, width * 64)
-    mask = torch.zeros((len(reached), width * 4, words), dtype=torch.int64)
+    return mask_of((scores >= thresholds.view(count, TILE_ROWS, 1)).view(-1, unit_rows(active), width * 64))
+
+
+def mask_of(reached: torch.Tensor) -> torch.Tensor:
+    """The scan's words of reached [units, rows, keys] bool: int32 [units, cells, words]."""
+    rows, words = reached.shape[1], reached.shape[1] // 2
+    mask = torch.zeros((len(reached), reached.shape[2] // 16, words), dtype=torch.int64)
     for inside in range(rows):
         for key in range(16):
             word = key // 8 * (words // 2) + inside // 8 * 2 + inside % 2
@@ -105,7 +117,8 @@ def check_modes(batch: Batch) -> None:
 
 
 def main() -> None:
-    token_select_kernel.BLOCK, bit_list_kernel.build = 512, build_bit_list
+    keep_best_kernel.BLOCK = 512
+    bit_list_kernel.build, sample_threshold_kernel.build = build_bit_list, build_sample_threshold
     token_modes.routed_scan, token_modes.token_scores = float_scan, float_token_scores
     token_modes.num_sms = lambda _device: 2
     compared = 0

@@ -2,12 +2,18 @@
 
 import torch
 
-from indexer_kernels.gpu.page_select_kernel import empty_candidates, page_select
+from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT, empty_candidates, page_select
 from indexer_kernels.reference.candidates import forced_units, visible_units
 from indexer_kernels.reference.choice import keep_within_budget
 from tests.support.inputs import Batch
 
 LOCAL = 100
+
+
+def score_columns(batch: Batch, unit_pages: int, values: int) -> int:
+    """Columns of unit scores that a batch needs, aligned as the choice wants its rows, and eight that no row has."""
+    units = -(-batch.plan.max_length // (64 * unit_pages))
+    return -(-units * values // ROW_ALIGNMENT) * ROW_ALIGNMENT + 8
 
 
 def check_choice(batch: Batch, scores: torch.Tensor, budget: int, unit_pages: int, values: int) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_ext.forwards import Forward
 from sglang_ext.settings import Settings
-from sglang_ext.stage import Forward, Stage
+from sglang_ext.stage import Stage
 from tests.support.inputs import Batch, make_batch
 
 # Prunes contexts of a few hundred tokens: misa differs from native from the first full block on.
@@ -58,6 +59,7 @@ def decode(stage: Stage, **changes: Any) -> Forward:
         "page_table": torch.zeros((2, 3), dtype=torch.int32),
         "num_rows": 2,
         "q": torch.zeros((4, 8, 128)).to(torch.float8_e4m3fn),
+        "layer_id": 0,
         "unsupported": Asked(),
     }
     return stage.decode(**arguments | changes)

@@ -1,4 +1,4 @@
-"""group_rerank on a GPU: its two kernels and the proxies against the references, the mode against the reference."""
+"""group_rerank on a GPU: each of its kernels against the references, the mode against the reference."""
 
 import dataclasses
 
@@ -9,17 +9,22 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams, select_paged, select_ragged, select_rows
-from indexer_kernels.gpu import group_proxy_kernel, work
-from indexer_kernels.gpu.candidate_list_kernel import Lists
-from indexer_kernels.gpu.deep_gemm_logits import paged_logits
+from indexer_kernels.gpu import group_proxy_kernel, group_scan, work
 from indexer_kernels.gpu.group_rerank import group_scores
 from indexer_kernels.gpu.group_rerank_kernel import GroupList, group_pick
+from indexer_kernels.gpu.lists import Lists
+from indexer_kernels.gpu.routed import cache_keys
+from indexer_kernels.gpu.sample_threshold_kernel import Thresholds, sample_threshold
+from indexer_kernels.gpu.work import pages_of, table_pages
 from indexer_kernels.page_layout import positions_to_slots
+from indexer_kernels.reference.candidates import group_candidates
 from indexer_kernels.reference.scores import token_scores
 from indexer_kernels.row_groups import group_proxies
+from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
 from tests.support.gpu_calls import DECODE_LENGTHS, assert_a_graph_follows_the_lengths, work_of
 from tests.support.inputs import make_batch, slots_of
+from tests.support.packed_proxies import unpacked
 
 pytestmark = pytest.mark.gpu
 
@@ -48,11 +53,90 @@ def sorted_rows(selected):
 def test_proxies_are_bitwise_those_of_the_cpu(group, shape):
     """The reference backend and this one rank by the same proxies, whatever device they run on."""
     batch = make_batch(*shape, num_heads=32, device="cuda", seed=41)
-    rows = batch.plan.groups(group).rows
-    got = group_proxy_kernel.group_proxies(batch.q, batch.weights, rows)
+    rows, scans = batch.plan.groups(group).rows, batch.plan.scans(group)
+    places = (scans.row_place, scans.num_tiles * TILE_ROWS)
+    got = unpacked(group_proxy_kernel.group_proxies(batch.q, batch.weights, rows, *places), 32)
     want = group_proxies(batch.q.cpu(), batch.weights.cpu(), rows.cpu())
     for mine, theirs in zip(got, want):
-        assert torch.equal(mine.view(torch.uint8).cpu(), theirs.view(torch.uint8))
+        assert torch.equal(mine.view(torch.uint8)[scans.row_place.long()].cpu(), theirs.view(torch.uint8))
+
+
+def scan_of(batch, group, form, thresholds=None):
+    """Every token of every group, in one of the scan's forms."""
+    scans = batch.plan.scans(group)
+    job = work_of(batch, IndexerParams(group=group))._replace(plan=scans)
+    rows, num_places = batch.plan.groups(group).rows, scans.num_tiles * TILE_ROWS
+    proxies = group_proxy_kernel.group_proxies(batch.q, batch.weights, rows, scans.row_place, num_places)
+    tiles, width = slice(0, scans.num_tiles), group_scan.whole_stages(table_pages(job))
+    return group_scan.scan(job, proxies, cache_keys(job), pages_of(scans.tile_length), tiles, width, form, thresholds)
+
+
+def reference_scores(batch, group, g):
+    """The scores of group g's proxy for the tokens that its first position sees."""
+    rows, scans = batch.plan.groups(group).rows[g : g + 1], batch.plan.scans(group)
+    request, seen = int(scans.row_request[g]), int(scans.row_lengths[g])
+    proxy = group_proxies(batch.q, batch.weights, rows)
+    return token_scores(proxy.q, proxy.weights, batch.k[request][:seen], batch.k_scale[request][:seen])
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("num_heads", [64, 32])
+def test_the_scan_scores_as_the_reference_does(num_heads, group, shape):
+    batch = make_batch(*shape, num_heads=num_heads, device="cuda", seed=43)
+    scans, scores = batch.plan.scans(group), scan_of(batch, group, "scores")
+    for g in range(0, scans.num_rows, max(1, scans.num_rows // 100)):
+        want = reference_scores(batch, group, g)[0]
+        got = scores[int(scans.row_place[g]), : len(want)]
+        assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("num_heads", [64, 32])
+def test_bits_are_the_scores_that_reach_the_threshold(num_heads, group, shape):
+    """Both forms of the scan round alike: a bit is set exactly where the other form's score reaches the threshold."""
+    batch = make_batch(*shape, num_heads=num_heads, device="cuda", seed=44)
+    scans, scores = batch.plan.scans(group), scan_of(batch, group, "scores")
+    thresholds = torch.randn(len(scores), device="cuda") * 3
+    mask = scan_of(batch, group, "mask", thresholds)
+    key = torch.arange(int(scans.row_lengths.max()), device="cuda")
+    for g, seen in enumerate(scans.row_lengths.tolist()):
+        place = int(scans.row_place[g])
+        tile, inside = divmod(place, TILE_ROWS)
+        at = key[:seen]
+        word = mask[tile, at // 16, at % 16 // 8 * 8 + inside // 8 * 2 + inside % 2]
+        assert torch.equal((word >> (at % 8 * 4 + inside % 8 // 2)) & 1 == 1, scores[place, :seen] >= thresholds[place])
+
+
+@pytest.mark.parametrize("sure", [True, False], ids=["lists", "rescans"])
+@pytest.mark.parametrize("num_heads", [64, 32])
+def test_lists_hold_the_best_of_each_group(num_heads, sure, shape, monkeypatch):
+    """The reference's candidates are all in a group's list; where thresholds let nothing through, a rescan's are."""
+    if not sure:
+
+        def misled(scores, rows, *args):
+            found = sample_threshold(scores, rows, *args)
+            return Thresholds(torch.full_like(found.scores, float("inf")), found.limits)
+
+        monkeypatch.setattr(group_scan, "sample_threshold", misled)
+    batch, group = make_batch(*shape, num_heads=num_heads, device="cuda", seed=45), SMALL.group
+    scans = batch.plan.scans(group)
+    lists = group_scan.group_lists(work_of(batch, SMALL)._replace(plan=scans), batch.plan.groups(group).rows)
+    pruned = scans.row_lengths > SMALL.candidates
+    assert torch.equal(lists.unsure == 1, pruned & (not sure)), "noise misleads no sample"
+    for g in range(0, scans.num_rows, max(1, scans.num_rows // 100)):
+        scores, seen = reference_scores(batch, group, g), int(scans.row_lengths[g])
+        at = torch.tensor([seen - 1], device="cuda")
+        want = group_candidates(scores, at, at + 1, SMALL)[0]
+        count = int(lists.counts[g])
+        listed = lists.positions[g, :count].long()
+        assert (listed.diff() > 0).all() and min(seen, SMALL.candidates) <= count <= lists.slots.shape[1]
+        assert sure or count == min(seen, SMALL.candidates)
+        missed = want.clone()
+        missed[listed] = False
+        # Sums of another order move near-equal scores across the end of the budget.
+        assert int(missed.sum()) <= 1, (g, missed.nonzero()[:, 0].tolist())
+        row = int(batch.plan.groups(group).rows[g, 0])
+        assert lists.slots[g, :count].tolist() == slots_of(batch, row, listed.tolist())
 
 
 def random_list(batch, group, budget):
@@ -104,16 +188,6 @@ def test_kernels(num_heads, group, shape):
         assert torch.equal(out[False][row, :share], tokens) and (out[False][row, share:] == -1).all()
         assert out[True][row, :share].tolist() == slots_of(batch, row, tokens.tolist())
         assert (out[True][row, share:] == -1).all()
-
-
-def test_deep_gemm_scores_a_proxy_as_the_reference_does():
-    batch = make_batch([9000], [64], device="cuda", seed=43)
-    proxies = group_proxies(batch.q, batch.weights, batch.plan.groups(4).rows)
-    lengths = torch.full((16,), 8937, dtype=torch.int32, device="cuda")
-    table = batch.page_table[:, : -(-8937 // 64)].expand(16, -1).contiguous()
-    got = paged_logits(proxies.q, proxies.weights, batch.k_pages, table, lengths)[:, :8937]
-    want = token_scores(proxies.q, proxies.weights, batch.k[0][:8937], batch.k_scale[0][:8937])
-    assert (got - want).norm() / want.norm() < 1e-3
 
 
 @pytest.mark.parametrize("params", [SMALL, DEFAULT], ids=["small", "default"])

@@ -12,7 +12,6 @@ from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import block_score_kernel, head_route_kernel
 from indexer_kernels.gpu import work as gpu_work
 from indexer_kernels.gpu.deep_gemm_logits import paged_logits
-from indexer_kernels.gpu.page_select_kernel import ROW_ALIGNMENT
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.routed_scores_kernel import unit_rows
 from indexer_kernels.gpu.work import pages_of, table_pages
@@ -23,7 +22,7 @@ from indexer_kernels.reference.statistics import block_means
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.gpu_calls import work_of
 from tests.support.inputs import Batch, make_batch
-from tests.support.page_choice import check_choice
+from tests.support.page_choice import check_choice, score_columns
 
 pytestmark = pytest.mark.gpu
 
@@ -173,9 +172,8 @@ def test_block_score(batch):
 @pytest.mark.parametrize(("budget", "unit_pages", "values"), [(8, 1, 4), (16, 2, 1), (128, 1, 1)])
 def test_page_select_is_exact(shape, budget, unit_pages, values, ties):
     batch = make_batch(*shape, device="cuda", seed=5)
-    max_units = -(-batch.plan.max_length // (64 * unit_pages))
-    columns = -(-max_units * values // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    scores = torch.randn(batch.plan.num_tiles * TILE_ROWS, columns + 8, device="cuda")
+    columns = score_columns(batch, unit_pages, values)
+    scores = torch.randn(batch.plan.num_tiles * TILE_ROWS, columns, device="cuda")
     if ties:
         scores = (scores * 2).round() * torch.where(torch.rand_like(scores) < 0.5, 1.0, -1.0)
     check_choice(batch, scores, budget, unit_pages, values)

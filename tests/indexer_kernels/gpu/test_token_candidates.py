@@ -9,15 +9,17 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams, select_paged, select_rows
-from indexer_kernels.gpu import pipeline, token_modes, token_select_kernel, work
-from indexer_kernels.gpu.candidate_list_kernel import Lists, empty_lists
+from indexer_kernels.gpu import pipeline, token_modes, work
+from indexer_kernels.gpu.lists import Lists, empty_lists
 from indexer_kernels.gpu.routed import route
-from indexer_kernels.gpu.sample_kernel import Thresholds, list_width, sample_keys, sample_threshold
+from indexer_kernels.gpu.sample_kernel import list_width, sample_keys
+from indexer_kernels.gpu.sample_threshold_kernel import Thresholds, sample_threshold
 from indexer_kernels.gpu.token_modes import candidate_lists
 from indexer_kernels.reference.candidates import token_candidates
 from indexer_kernels.reference.routing import take_heads
 from indexer_kernels.reference.scores import token_scores
 from tests.support.compare import assert_form, assert_nothing_lost, overlap
+from tests.support.exact_choice import exact_choice
 from tests.support.gpu_calls import DECODE_LENGTHS, assert_a_graph_follows_the_lengths, work_of
 from tests.support.inputs import Batch, make_batch, slots_of
 
@@ -40,7 +42,7 @@ def shape(request):
 
 @pytest.mark.parametrize("values", ["normal", "ties"])
 @pytest.mark.parametrize("budget", [1024, 8192])
-def test_token_select(shape, budget, values):
+def test_exact_choice(shape, budget, values):
     batch = make_batch(*shape, num_heads=32, device="cuda", seed=31)
     plan, params = batch.plan, IndexerParams(top_k=256, candidates=budget)
     scores = torch.randn(plan.num_rows, -(-plan.max_length // 64) * 64, device="cuda")
@@ -60,10 +62,9 @@ def chosen_by(batch: Batch, scores: torch.Tensor, params: IndexerParams) -> List
     plan = batch.plan
     rows = torch.arange(plan.num_rows, dtype=torch.int32, device="cuda")
     lists = empty_lists(plan.num_rows, params.candidates, True, scores.device)
-    lists.unsure.fill_(1)
     forced = (64, params.local_tokens)
     row_of = (rows, plan.row_lengths, plan.row_request, batch.page_table)
-    token_select_kernel.token_select(scores, *row_of, lists, params.candidates, *forced)
+    exact_choice(scores, *row_of, lists, params.candidates, *forced)
     return lists
 
 

@@ -1,0 +1,180 @@
+"""Soaks a running server in mixed traffic and checks that nothing broke: no error, no stale statistic, flat memory.
+
+    sglang-ext serve --decode-mode hisa --set check_integrity=1 --strict --model-path DIR --max-total-tokens 400000 ...
+    python scripts/soak.py --url http://127.0.0.1:30000 --out soak.json --seconds 600
+
+Multi-turn conversations, cancelled requests, prompts of 1 to --max-tokens tokens, --concurrency at once; a server with
+a small pool of keys retracts requests as well. Each run is added to OUT, whose `seconds` are those of all runs in all.
+Fails where a request fails, where the plugin's counters show a mismatch, compared nothing or show a mode refused, where
+the decode mode that the server was started with did not run, and where the GPU's memory grew after the first quarter.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from openai_client import Client
+from run_record import run_record
+from soak_traffic import Totals, Traffic
+
+SAMPLE_EVERY_S = 10.0
+
+
+def used_memory_mib() -> int | None:
+    """Memory in use on all GPUs of this machine, None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return sum(int(line) for line in said.split())
+    except (FileNotFoundError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
+class MemoryWatch:
+    """Samples the GPU's memory every SAMPLE_EVERY_S seconds inside a `with`. samples: (seconds since start, MiB)."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self._end = threading.Event()
+
+    def __enter__(self) -> "MemoryWatch":
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._end.wait(SAMPLE_EVERY_S if self.samples else 0):
+            if not self._sample():
+                return
+
+    def _sample(self) -> bool:
+        used = used_memory_mib()
+        if used is not None:
+            self.samples.append((round(time.monotonic() - self._began, 1), used))
+        return used is not None
+
+
+def growth_mib(samples: list[tuple[float, int]]) -> int | None:
+    """How far memory rose above its peak of the first quarter; None for fewer than two samples."""
+    if len(samples) < 2:
+        return None
+    first = max(1, len(samples) // 4)
+    return max(used for _, used in samples[first:]) - max(used for _, used in samples[:first])
+
+
+def failures_of(
+    totals: Totals, before: dict[str, Any], after: dict[str, Any], growth: int | None, args: argparse.Namespace
+) -> list[str]:
+    """What a run proved wrong, or could not prove: one sentence each."""
+    failures = []
+    if totals.errors:
+        failures.append(f"{totals.errors} requests failed, as {totals.first_errors[0]}")
+    if not totals.new_tokens:
+        failures.append("no request was answered")
+    checked, mismatches = (after[name] - before[name] for name in ("integrity_checked", "integrity_mismatches"))
+    if mismatches:
+        failures.append(f"{mismatches} block statistics were not those of the keys")
+    if not checked and not args.no_integrity:
+        failures.append(
+            "no block statistic was compared with the keys: serve with check_integrity=1 (or --no-integrity)"
+        )
+    if after["refused"]:
+        failures.append(f"SGLang's own indexer served: {'; '.join(after['refused'])}")
+    decode = after["modes"]["decode"]
+    ran = after["device_runs"].get(f"decode/{decode}", 0) - before["device_runs"].get(f"decode/{decode}", 0)
+    if decode not in ("native", "auto") and not ran:
+        failures.append(f"decode mode {decode} did not run")
+    if growth is None and not args.no_memory:
+        failures.append("the GPU's memory was not measured: run beside the server (or --no-memory)")
+    if growth is not None and growth > args.memory_slack_mib:
+        failures.append(f"memory grew by {growth} MiB after the first quarter, more than {args.memory_slack_mib}")
+    return failures
+
+
+def soak(args: argparse.Namespace) -> dict[str, Any]:
+    """One run's record."""
+    client = Client(args.url, timeout=args.timeout)
+    before = client.status()
+    traffic = Traffic(client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.seed)
+    began = time.monotonic()
+    with MemoryWatch() as memory:
+        totals = traffic.run(args.seconds)
+    seconds = time.monotonic() - began
+    after = client.status()
+    growth = growth_mib(memory.samples)
+    return {
+        "run": run_record(),
+        "seconds": round(seconds, 1),
+        "concurrency": args.concurrency,
+        "max_tokens": args.max_tokens,
+        "totals": totals.as_dict(),
+        "memory_mib": memory.samples,
+        "memory_growth_mib": growth,
+        "before": before,
+        "after": after,
+        "failures": failures_of(totals, before, after, growth, args),
+    }
+
+
+def add_run(out: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """OUT's record with this run in it, written back."""
+    runs = json.loads(out.read_text())["runs"] if out.is_file() else []
+    runs.append(run)
+    record = {
+        "seconds": round(sum(one["seconds"] for one in runs), 1),
+        "failures": [failure for one in runs for failure in one["failures"]],
+        "runs": runs,
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--out", type=Path, required=True, help="JSON record, to which this run is added")
+    parser.add_argument("--seconds", type=float, default=600, help="requests are sent for so long")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=120_000, help="of prompt and answer")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4000, help="token ids are drawn below it")
+    parser.add_argument("--seed", type=int, default=0, help="another seed sends other requests")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds of one request")
+    parser.add_argument("--memory-slack-mib", type=int, default=512)
+    parser.add_argument("--no-memory", action="store_true", help="the server's GPU is on another machine")
+    parser.add_argument("--no-integrity", action="store_true", help="the server runs without check_integrity")
+    args = parser.parse_args(argv)
+    if not 0 < args.max_new_tokens < args.max_tokens:
+        parser.error(f"--max-new-tokens {args.max_new_tokens} must be in 1 .. {args.max_tokens - 1} (--max-tokens)")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    run = soak(args)
+    record = add_run(args.out, run)
+    totals, after = run["totals"], run["after"]
+    print(
+        f"{run['seconds']:.0f} s: {totals['requests']}, {totals['prompt_tokens']} prompt tokens "
+        f"({totals['cached_tokens']} cached), {totals['new_tokens']} new, {totals['retractions']} retractions; "
+        f"{after['integrity_checked'] - run['before']['integrity_checked']} statistics compared; "
+        f"memory {'not measured' if run['memory_growth_mib'] is None else str(run['memory_growth_mib']) + ' MiB more'}"
+    )
+    print("\n".join(["failed:", *run["failures"]]) if run["failures"] else "nothing broke")
+    print(f"{record['seconds']:.0f} s in all, {len(record['runs'])} runs, {len(record['failures'])} failures")
+    return 1 if record["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Which modes the machine can run: refusals of the gpu backend, kernels that do not compile, and what is said of it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from indexer_kernels.backend import gpu_refusal
+from sglang_ext import policy
+from sglang_ext.policy import BatchView
+from sglang_ext.settings import Settings
+
+logger = logging.getLogger("sglang_ext")
+
+
+class Support:
+    """What the kernels can do with the settings of the moment. rejected: every sentence said of it so far."""
+
+    def __init__(self) -> None:
+        self.rejected: set[str] = set()
+        self._refusals: dict[tuple[Any, ...], str | None] = {}
+        self._broken: dict[str, str] = {}
+
+    def refusal(self, settings: Settings, mode: str, q: torch.Tensor, top_k: int) -> str | None:
+        """Why the gpu backend cannot run the mode on queries like q, or None. Asked once, then remembered."""
+        if settings.backend == "reference":
+            return None
+        if mode in self._broken:
+            return self._broken[mode]
+        key = (mode, q.shape[1:], q.device, top_k, settings)
+        if key not in self._refusals:
+            self._refusals[key] = gpu_refusal(mode, q, settings.params(top_k))
+        return self._refusals[key]
+
+    def phase_refusal(self, settings: Settings, phase: str, q: torch.Tensor, top_k: int) -> str | None:
+        """`refusal` of all that the phase's mode runs."""
+        refusals = (self.refusal(settings, mode, q, top_k) for mode in policy.kernel_modes(phase, settings))
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
+    def narrow(self, settings: Settings, view: BatchView, q: torch.Tensor, top_k: int) -> BatchView:
+        """The view with what the kernels cannot do, if something asks for them."""
+        if view.unsupported is not None or settings.backend == "reference":
+            return view
+        if self.phase_refusal(settings, view.phase, q, top_k) is not None:
+            return view._replace(unsupported="no_kernel")
+        from indexer_kernels.gpu.pipeline import max_tokens
+
+        limit = max_tokens(policy.mode_to_try(view.phase, settings))
+        return view._replace(unsupported="too_long") if limit is not None and view.max_length > limit else view
+
+    def reject(self, settings: Settings, sentence: str) -> None:
+        """SGLang's own indexer serves instead: said once, or the end of the server under strict (RuntimeError)."""
+        if settings.strict:
+            raise RuntimeError(f"sglang-ext (strict): {sentence}")
+        if sentence not in self.rejected:
+            self.rejected.add(sentence)
+            logger.warning("SGLang's own indexer serves: %s", sentence)
+
+    def compile(self, settings: Settings, modes: Sequence[str], num_heads: int, top_k: int) -> None:
+        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
+
+        A mode with a kernel that does not compile is refused from then on.
+        """
+        from indexer_kernels.gpu.compile_check import compile_all
+
+        for mode in modes:
+            for name, error in compile_all(settings.params(top_k), num_heads, (mode,)):
+                if error is not None:
+                    self._broken.setdefault(mode, f"kernel {name} does not compile: {error}")
+                    self.reject(settings, self._broken[mode])
