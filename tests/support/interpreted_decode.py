@@ -16,10 +16,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from indexer_kernels import IndexerParams, page_means, select_rows
-from indexer_kernels.gpu import decode, page_means_kernel, pipeline
+from indexer_kernels.gpu import decode, decode_scores_kernel, page_means_kernel, pipeline
 from indexer_kernels.page_layout import PAGE_TOKENS, positions_to_slots, unpack_pages
 from indexer_kernels.reference import statistics
-from indexer_kernels.reference.scores import token_scores
+from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
+from indexer_kernels.reference.scores import block_scores, token_scores
 from indexer_kernels.row_plan import RowPlan, plan_decode
 from tests.support.compare import assert_form, overlap
 from tests.support.gpu_calls import CountingTopK
