@@ -1,14 +1,14 @@
 """Decode rates: what is asked, what is subtracted, and servers that do not decode as they are named."""
 
 import json
-import time
+
+import pytest
 
 import bench_decode
-import pytest
 
 
 class Decoder:
-    """A server of a second per 1000 tokens and request after a start of 20 ms, which steps its counter."""
+    """A server that steps its counter as it answers."""
 
     def __init__(self, mode: str, counts: bool = True) -> None:
         self.mode, self.counts, self.url = mode, counts, f"http://{mode}"
@@ -16,7 +16,6 @@ class Decoder:
         self.asked: list[tuple[int, int]] = []
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
-        time.sleep(0.02 + tokens / 1000)
         self.asked.append((len(ids), tokens))
         if ids[0] == bench_decode.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
             self.runs += tokens - 1
@@ -41,12 +40,19 @@ def run(monkeypatch, tmp_path, *arguments: str) -> int:
 
 def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
     options = ["--tokens", "80", "--repeats", "1", "--url", "native=http://a", "hisa=http://b"]
+    asked = bench_decode.seconds_of
+
+    def seconds_of(server, prompts, tokens):
+        """A start of 20 s and a second a token; native takes two."""
+        asked(server, prompts, tokens)
+        return 20.0 + tokens * (2 if server.mode == "native" else 1)
+
+    monkeypatch.setattr(bench_decode, "seconds_of", seconds_of)
     assert run(monkeypatch, tmp_path, *options) == 0
     record = json.loads((tmp_path / "out.json").read_text())
-    # 60 tokens of 3 requests in 60 ms; with the start it would be 240 tokens in 100 ms.
-    assert 2500 < record["medians"]["native"] <= 3000
+    assert record["medians"] == {"native": 1.5, "hisa": 3.0}, "60 tokens of 3 requests in 120 and in 60 s"
     assert sorted(decoders["http://b"].asked) == [(40, 20)] * 3 + [(40, 80)] * 3
-    assert "x native" in capsys.readouterr().out
+    assert "hisa: 3 tokens/s, 1000.00 ms a step, 2.00x native" in capsys.readouterr().out
 
 
 def test_prompts_differ_from_their_first_tokens_on():
