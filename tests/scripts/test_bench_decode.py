@@ -29,6 +29,14 @@ class Decoder:
 def decoders(monkeypatch):
     known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
     monkeypatch.setattr(bench_decode, "Client", known.__getitem__)
+    asked = bench_decode.seconds_of
+
+    def seconds_of(server, prompts, tokens):
+        """A start of 20 s and a second a token; native takes two."""
+        asked(server, prompts, tokens)
+        return 20.0 + tokens * (2 if server.mode == "native" else 1)
+
+    monkeypatch.setattr(bench_decode, "seconds_of", seconds_of)
     return known
 
 
@@ -40,14 +48,6 @@ def run(monkeypatch, tmp_path, *arguments: str) -> int:
 
 def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
     options = ["--tokens", "80", "--repeats", "1", "--url", "native=http://a", "hisa=http://b"]
-    asked = bench_decode.seconds_of
-
-    def seconds_of(server, prompts, tokens):
-        """A start of 20 s and a second a token; native takes two."""
-        asked(server, prompts, tokens)
-        return 20.0 + tokens * (2 if server.mode == "native" else 1)
-
-    monkeypatch.setattr(bench_decode, "seconds_of", seconds_of)
     assert run(monkeypatch, tmp_path, *options) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["medians"] == {"native": 1.5, "hisa": 3.0}, "60 tokens of 3 requests in 120 and in 60 s"
