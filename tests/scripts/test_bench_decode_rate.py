@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import bench_decode
+import bench_decode_rate
 
 
 class Decoder:
@@ -17,7 +17,7 @@ class Decoder:
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
         self.asked.append((len(ids), tokens))
-        if ids[0] == bench_decode.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
+        if ids[0] == bench_decode_rate.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
             self.runs += tokens - 1
         return [1] * tokens
 
@@ -28,22 +28,31 @@ class Decoder:
 @pytest.fixture
 def decoders(monkeypatch):
     known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
-    monkeypatch.setattr(bench_decode, "Client", known.__getitem__)
-    asked = bench_decode.seconds_of
+    monkeypatch.setattr(bench_decode_rate, "Client", known.__getitem__)
+    asked = bench_decode_rate.seconds_of
 
     def seconds_of(server, prompts, tokens):
         """A start of 20 s and a second a token; native takes two."""
         asked(server, prompts, tokens)
         return 20.0 + tokens * (2 if server.mode == "native" else 1)
 
-    monkeypatch.setattr(bench_decode, "seconds_of", seconds_of)
+    monkeypatch.setattr(bench_decode_rate, "seconds_of", seconds_of)
     return known
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> int:
-    command = ["bench_decode.py", "--out", str(tmp_path / "out.json"), "--batch", "3", "--context", "40", *arguments]
+    command = [
+        "bench_decode_rate.py",
+        "--out",
+        str(tmp_path / "out.json"),
+        "--batch",
+        "3",
+        "--context",
+        "40",
+        *arguments,
+    ]
     monkeypatch.setattr("sys.argv", command)
-    return bench_decode.main()
+    return bench_decode_rate.main()
 
 
 def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
@@ -56,8 +65,8 @@ def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
 
 
 def test_prompts_differ_from_their_first_tokens_on():
-    prompts = bench_decode.prompts_of(32, 8)
-    assert len({tuple(ids[:2]) for ids in prompts}) == 32 and prompts == bench_decode.prompts_of(32, 8)
+    prompts = bench_decode_rate.prompts_of(32, 8)
+    assert len({tuple(ids[:2]) for ids in prompts}) == 32 and prompts == bench_decode_rate.prompts_of(32, 8)
 
 
 def test_a_mode_that_did_not_run_fails(decoders, monkeypatch, tmp_path, capsys):
