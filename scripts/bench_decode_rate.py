@@ -1,7 +1,8 @@
 """Tokens per second of decoding alone, on servers that run already, at one batch and context.
 
-    python scripts/bench_decode_rate.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001 --out decode.json
-                                   [--batch 32] [--context 65536] [--tokens 192] [--repeats 3] [--prepare]
+    python scripts/bench_decode_rate.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001
+                                        --out rate.json [--batch 32] [--context 65536] [--tokens 192] [--repeats 3]
+                                        [--prepare]
 
 Every server is given the same prompts, whose keys stay in its prefix cache (--prepare fills it and measures nothing).
 A measurement asks all prompts at once for --tokens tokens, then for a quarter as many; the difference is decoding at
