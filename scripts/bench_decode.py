@@ -1,276 +1,120 @@
-"""The decode phase of `bench_stage.py`: per layer, in CUDA graph replay, against what SGLang 0.5.23 runs there.
+"""Tokens per second of decoding alone, on servers that run already, at one batch and context.
 
-    python scripts/bench_stage.py --phase decode --json decode.json
-    python scripts/bench_stage.py --phase decode --batch 64 --contexts 32768 131072 --heads 64 --modes hisa
+    python scripts/bench_decode.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001 --out decode.json
+                                   [--batch 32] [--context 65536] [--tokens 192] [--repeats 3] [--prepare]
 
-native is DeepGEMM's fp8_paged_mqa_logits over the whole page table and SGLang's paged top-k, its schedule and plan made
-once per forward; a mode is the update of the last pages' means and the selection, from q, gates and index pages to
-cache slots. The graphs hold `layers` layers, each with a cache of its own, as many as it takes for what a mode reads
-not to lie in L2 from one replay to the next. What is made once per forward is timed apart (`once_us`). Before anything
-is timed, modes must agree with the reference backend, and with native where the budget covers the context.
+Every server is given the same prompts, whose keys stay in its prefix cache (--prepare fills it and measures nothing).
+A measurement asks all prompts at once for --tokens tokens, then for a quarter as many; the difference is decoding at
+the full batch, without prefill and without the start. Servers take turns; medians. A server whose name is not `native`
+must decode in the mode of that name, and its device counter must rise by the steps taken.
 """
 
 import argparse
-import functools
 import json
+import random
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import deep_gemm
-import torch
-from sglang.kernels.ops.attention.dsa.paged_mqa_logits import deepgemm_paged_mqa_logits_split
-from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2, topk_transform_paged_v2
-
-from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.page_layout import PAGE_BYTES, PAGE_TOKENS, pack_pages
-from indexer_kernels.page_means import page_mean_buffer, update_page_means
-from indexer_kernels.row_plan import RowPlan, plan_decode
+from openai_client import Client
 from run_record import run_record
-from sglang_ext.sglang_hooks import sglang_top_k
-
-PARAMS = IndexerParams()
-MODES = ("hisa", "misa_rerank")
-TABLE_PAGES = 2561  # what SGLang's page table has for DeepSeek-V3.2's 163840 tokens
-TAIL = 27  # tokens in the last page of a request
-CACHED_BYTES = 160 << 20  # more than twice the L2 of an H200
-LEAST_LAYERS, MOST_LAYERS = 8, 64
-POOL_BYTES = 40 << 30  # of all layers
-WAIT_CYCLES = 1_000_000  # some half a millisecond in which a replay is launched
-CHUNK_PAGES = 1 << 14  # pages made at once
 
 
-class Layer:
-    """One layer's cache, means and queries."""
-
-    def __init__(self, pool: torch.Tensor, batch: int, heads: int, generator: torch.Generator) -> None:
-        self.pool = pool
-        self.means = page_mean_buffer(len(pool), "cuda")
-        self.q = torch.randn(batch, heads, 128, generator=generator, device="cuda").to(torch.float8_e4m3fn)
-        self.weights = torch.randn(batch, heads, generator=generator, device="cuda") * 0.1
-        self.out = torch.empty((batch, PARAMS.top_k), dtype=torch.int32, device="cuda")
+def prompts_of(batch: int, context: int) -> list[list[int]]:
+    """Token ids; no two prompts begin alike."""
+    return [[random.Random(seed).randrange(2, 4000) for _ in range(context)] for seed in range(batch)]
 
 
-class Case:
-    """Requests of one length in shuffled pages, and what a forward knows of them."""
-
-    def __init__(self, batch: int, context: int, heads: int, layers: int | None = None, seed: int = 1) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
-        pages = -(-context // PAGE_TOKENS)
-        read = batch * (pages * 256 + min(PARAMS.top_blocks * PARAMS.block_size // PAGE_TOKENS, pages) * PAGE_BYTES)
-        fitting = POOL_BYTES // (batch * pages * PAGE_BYTES)
-        self.num_layers = layers or max(2, min(MOST_LAYERS, fitting, max(LEAST_LAYERS, -(-CACHED_BYTES // read))))
-        order = torch.randperm(batch * pages, generator=generator, device="cuda", dtype=torch.int32)
-        # Past a request's end SGLang's tables are stale: any page.
-        self.table = torch.randint(
-            batch * pages, (batch, TABLE_PAGES), generator=generator, device="cuda", dtype=torch.int32
-        )
-        self.table[:, :pages] = order.view(batch, pages)
-        self.lengths = torch.full((batch,), (pages - 1) * PAGE_TOKENS + TAIL, dtype=torch.int32, device="cuda")
-        pool = torch.empty((batch * pages, PAGE_BYTES), dtype=torch.uint8, device="cuda")
-        for some in pool.split(CHUNK_PAGES):
-            keys = torch.randn(len(some) * PAGE_TOKENS, 128, generator=generator, device="cuda")
-            scales = torch.rand(len(keys), generator=generator, device="cuda") + 0.5
-            some.copy_(pack_pages(keys.to(torch.float8_e4m3fn), scales))
-        pools = [pool] + [pool.clone() for _ in range(self.num_layers - 1)]
-        self.layers = [Layer(one, batch, heads, generator) for one in pools]
-        for layer in self.layers:
-            update_page_means(layer.pool, self.table, self.lengths, layer.means, backend="gpu")
-        self.plan = plan_decode(self.lengths, TABLE_PAGES)
-
-    def native_once(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What SGLang makes once per forward: DeepGEMM's schedule and the plan of top-k."""
-        return _schedule(self.lengths[:, None]), plan_topk_v2(self.lengths)
-
-    def native(self, once: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """`Indexer._get_topk_paged` of SGLang, fused top-k, no speculation."""
-        schedule, plan = once
-        for layer in self.layers:
-            logits = deepgemm_paged_mqa_logits_split(
-                _logits_in_chunks,
-                layer.q,
-                layer.pool.view(len(layer.pool), PAGE_TOKENS, 1, 132),
-                layer.weights,
-                self.lengths[:, None],
-                self.table,
-                schedule,
-                TABLE_PAGES * PAGE_TOKENS,
-                q_offset=len(layer.q),
-            )
-            topk_transform_paged_v2(logits, self.lengths, self.table, layer.out, PAGE_TOKENS, plan)
-
-    def whole_forward(self, mode: str) -> None:
-        """The mode in all layers, and before them what they share."""
-        self.mode(mode, self.plan.for_one_forward())
-
-    def mode(self, name: str, plan: RowPlan, backend: str = "gpu", output: str = "slot") -> None:
-        for layer in self.layers:
-            select_rows(
-                name,
-                layer.q,
-                layer.weights,
-                layer.pool,
-                self.table,
-                plan,
-                PARAMS,
-                backend=backend,
-                output=output,
-                top_k_kernel=sglang_top_k if backend == "gpu" else None,
-                out=layer.out,
-                page_means=layer.means,
-                update_means=True,
-            )
+def seconds_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
+    """Until every prompt has its tokens."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        began = time.perf_counter()
+        answers = list(pool.map(lambda ids: server.generate(ids, tokens), prompts))
+        seconds = time.perf_counter() - began
+    short = [len(answer) for answer in answers if len(answer) != tokens]
+    if short:
+        raise RuntimeError(f"{server.url}: answers of {short} tokens where {tokens} were asked")
+    return seconds
 
 
-def _schedule(context: torch.Tensor) -> torch.Tensor:
-    return deep_gemm.get_paged_mqa_logits_metadata(context, PAGE_TOKENS, deep_gemm.get_num_sms())
+def rate_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens per second between a quarter of the tokens and all of them."""
+    part = tokens // 4
+    less, all_of_them = (seconds_of(server, prompts, count) for count in (part, tokens))
+    if all_of_them <= less:
+        raise RuntimeError(f"{server.url}: {tokens} tokens took {all_of_them:.2f} s, {part} took {less:.2f} s")
+    return len(prompts) * (tokens - part) / (all_of_them - less)
 
 
-def _logits_in_chunks(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    weights: torch.Tensor,
-    context: torch.Tensor,
-    table: torch.Tensor,
-    schedule: torch.Tensor,
-    width: int,
-    clean_logits: bool = False,
-) -> torch.Tensor:
-    """As SGLang calls DeepGEMM: more rows than SMs go in parts, each with a schedule made on the spot."""
-    most, rows = deep_gemm.get_num_sms(), q.shape[0]
-    if rows <= most:
-        return deep_gemm.fp8_paged_mqa_logits(
-            q, pages, weights, context, table, schedule, width, clean_logits=clean_logits
-        )
-    parts = []
-    for start in range(0, rows, most):
-        part = slice(start, min(start + most, rows))
-        parts.append(
-            deep_gemm.fp8_paged_mqa_logits(
-                q[part],
-                pages,
-                weights[part],
-                context[part],
-                table[part],
-                _schedule(context[part]),
-                width,
-                clean_logits=clean_logits,
-            )
-        )
-    return torch.cat(parts)
+def decode_runs(server: Client, mode: str) -> int:
+    return server.status()["device_runs"].get(f"decode/{mode}", 0)
 
 
-def agreement(mode: str, heads: int) -> dict[str, float]:
-    """Share of the reference's tokens that the gpu backend selects, of 16 requests of 20000 tokens, and of native's as
-    SGLang selects them where the budget covers the context: mean and least over rows.
-    """
-    shares: dict[str, float] = {}
-    for name, context in (("reference", 20000), ("native", 8000)):
-        case = Case(16, context, heads, layers=1)
-        found = []
-        for backend in ("gpu", "reference" if name == "reference" else "native"):
-            if backend == "native":
-                case.native(case.native_once())
-            else:
-                case.mode(mode, case.plan, backend)
-            found.append([set(row) for row in case.layers[0].out.tolist()])
-        rows = [len(mine & want) / len(want) for mine, want in zip(*found)]
-        shares |= {f"{name}_mean": statistics.mean(rows), f"{name}_least": min(rows)}
-    return shares
+def named_servers(urls: list[str]) -> dict[str, Client]:
+    """name=url, with what each decodes in checked. ValueError names the entry and what is allowed."""
+    servers = {}
+    for entry in urls:
+        name, given, url = entry.partition("=")
+        if not given or name in servers:
+            raise ValueError(f"--url {entry} must be NAME=URL with a name of its own")
+        servers[name] = Client(url)
+        decodes = servers[name].status()["modes"]["decode"]
+        if decodes != name:
+            raise ValueError(f"--url {entry}: that server's decode mode is {decodes}")
+    return servers
 
 
-def enough(shares: dict[str, float]) -> bool:
-    """Rounding may move a block, or with routed heads some, in and out of a row; covered rows differ by ties alone."""
-    return shares["reference_mean"] >= 0.98 and shares["native_least"] >= 0.999
+def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Rates of each server, which take turns. RuntimeError where a mode did not run in every step."""
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for _ in range(repeats):
+        for name, server in servers.items():
+            before = decode_runs(server, name)
+            rates[name].append(rate_of(server, prompts, tokens))
+            ran, steps = decode_runs(server, name) - before, tokens - 1 + tokens // 4 - 1
+            if name != "native" and ran < steps:
+                raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
+    return rates
 
 
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    work()  # compiles, and allocates what is kept
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
-
-
-def measure(batch: int, context: int, heads: int, modes: list[str], rounds: int) -> list[dict]:
-    case = Case(batch, context, heads)
-    once = case.native_once()
-    graphs = {
-        ("native", "layers"): captured(lambda: case.native(once)),
-        ("native", "all"): captured(lambda: case.native(case.native_once())),
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", nargs="+", required=True, metavar="NAME=URL")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prepare", action="store_true", help="fill the prefix caches and measure nothing")
+    args = parser.parse_args()
+    if args.tokens < 8 or min(args.batch, args.context, args.repeats) < 1:
+        parser.error("--tokens must be at least 8, --batch, --context and --repeats at least 1")
+    try:
+        servers = named_servers(args.url)
+        prompts = prompts_of(args.batch, args.context)
+        if args.prepare:
+            for name, server in servers.items():
+                print(f"{name}: {seconds_of(server, prompts, 1):.1f} s to fill its cache", flush=True)
+            return 0
+        rates = measure(servers, prompts, args.tokens, args.repeats)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    record = {
+        "run": run_record(),
+        "batch": args.batch,
+        "context": args.context,
+        "tokens": args.tokens,
+        "tokens_per_s": rates,
+        "medians": medians,
     }
-    for mode in modes:
-        kept = case.plan.for_one_forward()
-        graphs[mode, "layers"] = captured(functools.partial(case.mode, mode, kept))
-        graphs[mode, "all"] = captured(functools.partial(case.whole_forward, mode))
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
-    for step in range(rounds + 3):
-        for key, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(WAIT_CYCLES)
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if step >= 3:
-                times[key].append(1e3 * begin.elapsed_time(end))
-    per_layer = {name: [t / case.num_layers for t in times[name, "layers"]] for name in ("native", *modes)}
-    native = statistics.median(per_layer["native"])
-    return [
-        {
-            "phase": "decode",
-            "mode": name,
-            "heads": heads,
-            "batch": batch,
-            "context": context,
-            "layers": case.num_layers,
-            "us": statistics.median(values),
-            "us_min": min(values),
-            "us_max": max(values),
-            "once_us": statistics.median(times[name, "all"]) - statistics.median(times[name, "layers"]),
-            "times_native": native / statistics.median(values),
-        }
-        for name, values in per_layer.items()
-    ]
-
-
-def write(path: str, checks: list[dict], results: list[dict]) -> None:
-    with open(path, "w") as file:
-        json.dump({"run": run_record(), "params": asdict(PARAMS), "checks": checks, "results": results}, file, indent=1)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench_stage.py --phase decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--heads", type=int, nargs="+", default=[64, 32], help="indexer heads")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", help="write the raw results here")
-    args = parser.parse_args(arguments)
-    checks, results = [], []
-    for heads in args.heads:
-        for mode in args.modes:
-            found = agreement(mode, heads)
-            checks.append({"mode": mode, "heads": heads, **found})
-            if not enough(found):
-                print(f"FAIL {mode} H={heads}: {found}; nothing is timed", file=sys.stderr)
-                return 1
-        for batch in args.batch:
-            for context in args.contexts:
-                for row in measure(batch, context, heads, args.modes, args.rounds):
-                    results.append(row)
-                    print(
-                        f"H={row['heads']} batch={row['batch']:3d} context={row['context']:6d} {row['mode']:11s} "
-                        f"{row['us']:7.1f} us a layer  {row['times_native']:5.2f}x  {row['once_us']:5.1f} us a forward",
-                        flush=True,
-                    )
-                if args.json:  # after every case: what was measured outlives what comes
-                    write(args.json, checks, results)
+    args.out.write_text(json.dumps(record, indent=1))
+    for name, rate in medians.items():
+        against = f", {rate / medians['native']:.2f}x native" if "native" in medians else ""
+        print(f"{name}: {rate:.0f} tokens/s, {1e3 * args.batch / rate:.2f} ms a step{against}")
     return 0
 
 
