@@ -81,7 +81,7 @@ LAUNCHES = {
     ),
     "group proxies": (
         group_proxy_kernel.group_proxy_kernel,
-        lambda: group_proxy_kernel.group_proxies(Q, WEIGHTS, TABLE[:, :4].contiguous()),
+        lambda: group_proxy_kernel.group_proxies(Q, WEIGHTS, TABLE[:, :4].contiguous(), LENGTHS, 32),
         lambda: group_proxy_kernel.compile_for(4),
     ),
 }
