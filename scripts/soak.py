@@ -5,8 +5,9 @@
 
 Multi-turn conversations, cancelled requests, prompts of 1 to --max-tokens tokens, --concurrency at once; a server with
 a small pool of keys retracts requests as well. Each run is added to OUT, whose `seconds` are those of all runs in all.
-Fails where a request fails, where the plugin's counters show a mismatch, compared nothing or show a mode refused, where
-the decode mode that the server was started with did not run, and where the GPU's memory grew after the first quarter.
+Fails where a request fails or stays in the server; where the plugin's counters show a mismatch, nothing compared, or a
+mode refused; where the decode mode that the server was started with did not run; and where the GPU's memory grew after
+the first quarter.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from run_record import run_record
 from soak_traffic import Totals, Traffic
 
 SAMPLE_EVERY_S = 10.0
+IDLE_LIMIT_S = 120.0
 
 
 def used_memory_mib() -> int | None:
@@ -63,6 +66,18 @@ class MemoryWatch:
         if used is not None:
             self.samples.append((round(time.monotonic() - self._began, 1), used))
         return used is not None
+
+
+def becomes_idle(client: Client) -> bool:
+    """Whether the server, after the last answer, lets its cache be emptied: no request is left in it."""
+    limit = time.monotonic() + IDLE_LIMIT_S
+    while time.monotonic() < limit:
+        try:
+            client.call("/flush_cache", {})
+            return True
+        except urllib.error.HTTPError:
+            time.sleep(0.2)
+    return False
 
 
 def growth_mib(samples: list[tuple[float, int]]) -> int | None:
@@ -111,6 +126,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     with MemoryWatch() as memory:
         totals = traffic.run(args.seconds)
     seconds = time.monotonic() - began
+    idle = becomes_idle(client)
     after = client.status()
     growth = growth_mib(memory.samples)
     return {
@@ -123,7 +139,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "memory_growth_mib": growth,
         "before": before,
         "after": after,
-        "failures": failures_of(totals, before, after, growth, args),
+        "failures": failures_of(totals, before, after, growth, args)
+        + ([] if idle else [f"a request was left in the server {IDLE_LIMIT_S:.0f} s after the last answer"]),
     }
 
 

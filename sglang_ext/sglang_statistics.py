@@ -145,7 +145,7 @@ def _refusal(cache: Any) -> str | None:
 def _after_cell_size(stage: Stage) -> Callable[..., int | None]:
     def hook(result: int, _sizes: Any, *args: Any, **kwargs: Any) -> int | None:
         kvc = kwargs["kvc"] if "kvc" in kwargs else args[0]
-        if not stage.wants_statistics() or kvc.server_args.enable_hisparse:
+        if not stage.wants_statistics() or getattr(kvc.server_args, "enable_hisparse", False):
             return None
         layers, rest = divmod(result, KEY_BYTES_PER_TOKEN)
         return None if rest else result + layers * BYTES_PER_TOKEN

@@ -9,6 +9,7 @@ import torch
 from indexer_kernels.gpu import (
     bit_list_kernel,
     block_score_kernel,
+    candidate_counts_kernel,
     decode_scores_kernel,
     group_proxy_kernel,
     group_rerank_kernel,
@@ -84,7 +85,7 @@ def _decode_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]
     }
     if params.block_size % 64:
         return builders
-    builders["candidate_counts"] = functools.partial(decode_scores_kernel.compile_counts, params)
+    builders["candidate_counts"] = functools.partial(candidate_counts_kernel.compile_counts, params)
     if "misa_rerank" in modes:
         builders["route_statistics"] = functools.partial(decode_scores_kernel.compile_statistics, num_heads, params)
     for mode, update in (("misa_rerank", False), ("hisa", False), ("hisa", True)):

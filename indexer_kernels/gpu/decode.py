@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from indexer_kernels.gpu.decode_scores_kernel import candidate_counts, decode_scores, route_statistics, update_is_apart
+from indexer_kernels.gpu.candidate_counts_kernel import candidate_counts
+from indexer_kernels.gpu.decode_scores_kernel import decode_scores, route_statistics, update_is_apart
 from indexer_kernels.gpu.deep_gemm_logits import MOST_ROWS, paged_logits, paged_schedule
 from indexer_kernels.gpu.page_means_kernel import update_means
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select

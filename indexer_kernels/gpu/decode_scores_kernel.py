@@ -22,8 +22,6 @@ STAGES = 3
 READ = ["q", "weights", "means", "page_table", "table_width", "lengths"]
 ROUTED = [*READ, "statistics", "chunks"]
 SCORED = [*ROUTED, "scores", "score_stride", "keys", "scales"]
-COUNTED = ["lengths", "counts", "contexts", "num_rows"]
-COUNT_ROWS = 128
 ALIGNED = {"q", "means", "keys", "scales"}  # to 16 bytes: rows of them are read whole
 
 
@@ -225,27 +223,6 @@ def decode_scores_kernel(
         tl.store(out + unit, tl.sum(product * weight[None, :], axis=1), mask=unit < last)
 
 
-@triton.jit(do_not_specialize=COUNTED, do_not_specialize_on_alignment=COUNTED)
-def candidate_counts_kernel(
-    lengths,  # [M] int32
-    counts,  # [M] int32 out
-    contexts,  # [M] int32 out
-    num_rows,
-    BLOCK_PAGES: tl.constexpr,
-    BUDGET: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    length = tl.load(lengths + row, mask=row < num_rows, other=0)
-    size = PAGE_TOKENS * BLOCK_PAGES
-    # Chosen blocks are whole, but for the row's last one, which always is among them.
-    dropped = tl.maximum((length + size - 1) // size - BUDGET, 0) * size
-    count = tl.maximum(length, 0) - dropped
-    tl.store(counts + row, count, mask=row < num_rows)
-    tl.store(contexts + row, tl.maximum(count, 1), mask=row < num_rows)
-
-
 def route_statistics(
     q: torch.Tensor,
     weights: torch.Tensor,
@@ -331,18 +308,6 @@ def update_is_apart(params: IndexerParams) -> bool:
     return params.local_tokens >= 2 * PAGE_TOKENS
 
 
-def candidate_counts(lengths: torch.Tensor, params: IndexerParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tokens are left of each row of lengths [M] int32 when top_blocks of its blocks are kept, the last one
-    among them: ([M], the same but at least 1), int32.
-    """
-    counts, contexts = torch.empty_like(lengths), torch.empty_like(lengths)
-    rows = lengths.shape[0]
-    candidate_counts_kernel[(triton.cdiv(rows, COUNT_ROWS),)](
-        lengths, counts, contexts, rows, **_count_constants(params), num_warps=1
-    )
-    return counts, contexts
-
-
 def _statistics_constants(heads: int, params: IndexerParams) -> dict[str, int]:
     return {
         "BY_SUM": params.route_statistic == "sum",
@@ -374,15 +339,6 @@ def _score_constants(heads: int, params: IndexerParams, routed: bool, update: bo
     }
 
 
-def _count_constants(params: IndexerParams) -> dict[str, int]:
-    return {
-        "BLOCK_PAGES": params.block_size // PAGE_TOKENS,
-        "BUDGET": params.top_blocks,
-        "PAGE_TOKENS": PAGE_TOKENS,
-        "ROWS": COUNT_ROWS,
-    }
-
-
 _KINDS = {
     "q": "*fp8e4nv",
     "weights": "*fp32",
@@ -394,13 +350,12 @@ _KINDS = {
     "score_stride": "i32",
     "keys": "*fp8e4nv",
     "scales": "*fp32",
-    "num_rows": "i32",
 }
 
 
-def _compile(kernel: Any, names: list[str], constants: dict[str, int], num_warps: int = NUM_WARPS):
+def _compile(kernel: Any, names: list[str], constants: dict[str, int]):
     kinds = {name: _KINDS.get(name, "*i32") for name in names}
-    return compile_sm90(kernel, kinds, constants, {"num_warps": num_warps}, [n for n in names if n in ALIGNED])
+    return compile_sm90(kernel, kinds, constants, {"num_warps": NUM_WARPS}, [n for n in names if n in ALIGNED])
 
 
 def compile_statistics(heads: int, params: IndexerParams):
@@ -410,7 +365,3 @@ def compile_statistics(heads: int, params: IndexerParams):
 
 def compile_scores(heads: int, params: IndexerParams, routed: bool, update: bool):
     return _compile(decode_scores_kernel, SCORED, _score_constants(heads, params, routed, update))
-
-
-def compile_counts(params: IndexerParams):
-    return _compile(candidate_counts_kernel, COUNTED, _count_constants(params), num_warps=1)

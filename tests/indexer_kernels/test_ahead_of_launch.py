@@ -12,7 +12,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from indexer_kernels import IndexerParams
-from indexer_kernels.gpu import decode_scores_kernel, group_proxy_kernel, page_means_kernel
+from indexer_kernels.gpu import candidate_counts_kernel, decode_scores_kernel, group_proxy_kernel, page_means_kernel
 
 PARAMS = IndexerParams(active_heads=16, route_block=64)
 FP8 = torch.float8_e4m3fn
@@ -26,7 +26,7 @@ READ = (Q, WEIGHTS, MEANS, TABLE, LENGTHS, PARAMS)
 BLOCKS = torch.zeros((3, 4, 128), dtype=torch.bfloat16)
 STATISTICS = torch.zeros((3, 2, 64))
 
-means, scores = page_means_kernel, decode_scores_kernel
+means, scores, counts = page_means_kernel, decode_scores_kernel, candidate_counts_kernel
 LAUNCHES = {
     "update": (
         means.update_means_kernel,
@@ -75,13 +75,13 @@ LAUNCHES = {
         lambda: scores.compile_scores(64, PARAMS, True, False),
     ),
     "counts": (
-        scores.candidate_counts_kernel,
-        lambda: scores.candidate_counts(LENGTHS, PARAMS),
-        lambda: scores.compile_counts(PARAMS),
+        counts.candidate_counts_kernel,
+        lambda: counts.candidate_counts(LENGTHS, PARAMS),
+        lambda: counts.compile_counts(PARAMS),
     ),
     "group proxies": (
         group_proxy_kernel.group_proxy_kernel,
-        lambda: group_proxy_kernel.group_proxies(Q, WEIGHTS, TABLE[:, :4].contiguous()),
+        lambda: group_proxy_kernel.group_proxies(Q, WEIGHTS, TABLE[:, :4].contiguous(), LENGTHS, 32),
         lambda: group_proxy_kernel.compile_for(4),
     ),
 }

@@ -19,9 +19,13 @@ class SoakServer(FakeServer):
         self.mismatch_at, self.short, self.check, self.ran = mismatch_at, short, check, ran
         self.checked = self.mismatches = self.decoded = 0
         self.refused: list[str] = []
+        self.busy = False
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/flush_cache" and self.busy:
+            self.calls.append(path)
+            return 400, "busy"
         if path != "/generate":
             return super().reply(path, body)
         with self._lock:
@@ -119,6 +123,14 @@ def test_what_fails(tmp_path, capsys, server, said):
     code, record = run(server, tmp_path)
     assert code == 1 and any(said in failure for failure in record["failures"])
     assert said in capsys.readouterr().out
+
+
+def test_a_request_that_stays_in_the_server_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "IDLE_LIMIT_S", 0.3)
+    server = SoakServer()
+    server.busy = True
+    assert any("a request was left in the server" in failure for failure in run(server, tmp_path)[1]["failures"])
+    assert server.calls.count("/flush_cache") > 1
 
 
 def test_a_refused_mode_fails(tmp_path):

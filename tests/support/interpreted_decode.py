@@ -16,10 +16,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from indexer_kernels import IndexerParams, page_means, select_rows
-from indexer_kernels.gpu import decode, page_means_kernel, pipeline
+from indexer_kernels.gpu import decode, decode_scores_kernel, page_means_kernel, pipeline
 from indexer_kernels.page_layout import PAGE_TOKENS, positions_to_slots, unpack_pages
 from indexer_kernels.reference import statistics
-from indexer_kernels.reference.scores import token_scores
+from indexer_kernels.reference.routing import route_heads, routing_scores, take_heads
+from indexer_kernels.reference.scores import block_scores, token_scores
 from indexer_kernels.row_plan import RowPlan, plan_decode
 from tests.support.compare import assert_form, overlap
 from tests.support.gpu_calls import CountingTopK
@@ -139,6 +140,30 @@ def check_blocks(batch: Batch) -> None:
             assert (by_keys[request, full:] == 0).all()
 
 
+def check_scores(batch: Batch, lengths: torch.Tensor, means: torch.Tensor, params: IndexerParams) -> None:
+    """Statistics and scores are the formulas' numbers, by all heads and by the routed ones."""
+    read = (batch.q, batch.weights, means, batch.page_table, lengths, params)
+    found = decode_scores_kernel.route_statistics(*read)
+    scores = [decode_scores_kernel.decode_scores(*read, 12, given) for given in (None, found)]
+    for row, length in enumerate(lengths.tolist()):
+        if length <= params.block_size * params.top_blocks:
+            continue
+        pages = means[batch.page_table[row, : length // PAGE_TOKENS].long()]
+        q, weights = batch.q[row : row + 1], batch.weights[row : row + 1]
+        full = torch.tensor([length // params.route_block])
+        routes = statistics.blocks_of_pages(pages, params.route_block)
+        routing = routing_scores(q, weights, routes, full, params.route_statistic)
+        chunks = found[row, : -(-int(full) // decode_scores_kernel.UNITS)]
+        joined = chunks.sum(0) if params.route_statistic == "sum" else chunks.amax(0)
+        torch.testing.assert_close(joined * weights[0].abs(), routing[0], rtol=1e-4, atol=1e-4)
+        blocks = statistics.blocks_of_pages(pages, params.block_size)
+        last = max(length - params.local_tokens, 0) // params.block_size
+        heads = route_heads(routing, params.active_heads)
+        for got, of in zip(scores, ((q, weights), take_heads(q, weights, heads))):
+            want = block_scores(*of, blocks[:last])[0]
+            torch.testing.assert_close(got[row, :last], want, rtol=1e-4, atol=1e-4)
+
+
 def check_decode(batch: Batch, plan: RowPlan, means: torch.Tensor, mode: str, params: IndexerParams) -> None:
     """means: the kernel's."""
     lengths, top_k = plan.row_lengths.tolist(), CountingTopK()
@@ -179,6 +204,7 @@ def main() -> None:
         for seen in SEEN:
             plan = plan_decode(torch.tensor(seen, dtype=torch.int32), batch.page_table.shape[1])
             for params in SETTINGS if num_heads == 64 else SETTINGS[:1]:
+                check_scores(batch, plan.row_lengths, means, params)
                 for mode in ("hisa", "misa_rerank"):
                     check_decode(batch, plan, means, mode, params)
                     compared += plan.num_rows

@@ -9,7 +9,7 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not installed")
 
 from indexer_kernels import IndexerParams, select_rows
-from indexer_kernels.gpu import decode_scores_kernel, page_means_kernel
+from indexer_kernels.gpu import candidate_counts_kernel, decode_scores_kernel, page_means_kernel
 from indexer_kernels.page_means import (
     check_page_means,
     page_mean_buffer,
@@ -275,7 +275,7 @@ def test_no_second_variant_and_nothing_read_back(batch, monkeypatch):
     kernels = (
         decode_scores_kernel.decode_scores_kernel,
         decode_scores_kernel.route_statistics_kernel,
-        decode_scores_kernel.candidate_counts_kernel,
+        candidate_counts_kernel.candidate_counts_kernel,
         page_means_kernel.update_means_kernel,
     )
     update_last_page_means(batch.k_pages, batch.page_table, lengths, means, backend="gpu")

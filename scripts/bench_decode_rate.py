@@ -1,0 +1,123 @@
+"""Tokens per second of decoding alone, on servers that run already, at one batch and context.
+
+    python scripts/bench_decode_rate.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001
+                                        --out rate.json [--batch 32] [--context 65536] [--tokens 192] [--repeats 3]
+                                        [--prepare]
+
+Every server is given the same prompts, whose keys stay in its prefix cache (--prepare fills it and measures nothing).
+A measurement asks all prompts at once for --tokens tokens, then for a quarter as many; the difference is decoding at
+the full batch, without prefill and without the start. Servers take turns; medians. A server whose name is not `native`
+must decode in the mode of that name, and its device counter must rise by the steps taken.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from openai_client import Client
+from run_record import run_record
+
+
+def prompts_of(batch: int, context: int) -> list[list[int]]:
+    """Token ids; no two prompts begin alike."""
+    return [[random.Random(seed).randrange(2, 4000) for _ in range(context)] for seed in range(batch)]
+
+
+def seconds_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
+    """Until every prompt has its tokens."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        began = time.perf_counter()
+        answers = list(pool.map(lambda ids: server.generate(ids, tokens), prompts))
+        seconds = time.perf_counter() - began
+    short = [len(answer) for answer in answers if len(answer) != tokens]
+    if short:
+        raise RuntimeError(f"{server.url}: answers of {short} tokens where {tokens} were asked")
+    return seconds
+
+
+def rate_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens per second between a quarter of the tokens and all of them."""
+    part = tokens // 4
+    less, all_of_them = (seconds_of(server, prompts, count) for count in (part, tokens))
+    if all_of_them <= less:
+        raise RuntimeError(f"{server.url}: {tokens} tokens took {all_of_them:.2f} s, {part} took {less:.2f} s")
+    return len(prompts) * (tokens - part) / (all_of_them - less)
+
+
+def decode_runs(server: Client, mode: str) -> int:
+    return server.status()["device_runs"].get(f"decode/{mode}", 0)
+
+
+def named_servers(urls: list[str]) -> dict[str, Client]:
+    """name=url, with what each decodes in checked. ValueError names the entry and what is allowed."""
+    servers = {}
+    for entry in urls:
+        name, given, url = entry.partition("=")
+        if not given or name in servers:
+            raise ValueError(f"--url {entry} must be NAME=URL with a name of its own")
+        servers[name] = Client(url)
+        decodes = servers[name].status()["modes"]["decode"]
+        if decodes != name:
+            raise ValueError(f"--url {entry}: that server's decode mode is {decodes}")
+    return servers
+
+
+def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Rates of each server, which take turns. RuntimeError where a mode did not run in every step."""
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for _ in range(repeats):
+        for name, server in servers.items():
+            before = decode_runs(server, name)
+            rates[name].append(rate_of(server, prompts, tokens))
+            ran, steps = decode_runs(server, name) - before, tokens - 1 + tokens // 4 - 1
+            if name != "native" and ran < steps:
+                raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
+    return rates
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", nargs="+", required=True, metavar="NAME=URL")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prepare", action="store_true", help="fill the prefix caches and measure nothing")
+    args = parser.parse_args()
+    if args.tokens < 8 or min(args.batch, args.context, args.repeats) < 1:
+        parser.error("--tokens must be at least 8, --batch, --context and --repeats at least 1")
+    try:
+        servers = named_servers(args.url)
+        prompts = prompts_of(args.batch, args.context)
+        if args.prepare:
+            for name, server in servers.items():
+                print(f"{name}: {seconds_of(server, prompts, 1):.1f} s to fill its cache", flush=True)
+            return 0
+        rates = measure(servers, prompts, args.tokens, args.repeats)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    record = {
+        "run": run_record(),
+        "batch": args.batch,
+        "context": args.context,
+        "tokens": args.tokens,
+        "tokens_per_s": rates,
+        "medians": medians,
+    }
+    args.out.write_text(json.dumps(record, indent=1))
+    for name, rate in medians.items():
+        against = f", {rate / medians['native']:.2f}x native" if "native" in medians else ""
+        print(f"{name}: {rate:.0f} tokens/s, {1e3 * args.batch / rate:.2f} ms a step{against}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

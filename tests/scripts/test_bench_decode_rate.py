@@ -1,0 +1,85 @@
+"""Decode rates: what is asked, what is subtracted, and servers that do not decode as they are named."""
+
+import json
+
+import pytest
+
+import bench_decode_rate
+
+
+class Decoder:
+    """A server that steps its counter as it answers."""
+
+    def __init__(self, mode: str, counts: bool = True) -> None:
+        self.mode, self.counts, self.url = mode, counts, f"http://{mode}"
+        self.runs = 0
+        self.asked: list[tuple[int, int]] = []
+
+    def generate(self, ids: list[int], tokens: int) -> list[int]:
+        self.asked.append((len(ids), tokens))
+        if ids[0] == bench_decode_rate.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
+            self.runs += tokens - 1
+        return [1] * tokens
+
+    def status(self) -> dict:
+        return {"modes": {"decode": self.mode}, "device_runs": {f"decode/{self.mode}": self.runs}}
+
+
+@pytest.fixture
+def decoders(monkeypatch):
+    known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
+    monkeypatch.setattr(bench_decode_rate, "Client", known.__getitem__)
+    asked = bench_decode_rate.seconds_of
+
+    def seconds_of(server, prompts, tokens):
+        """A start of 20 s and a second a token; native takes two."""
+        asked(server, prompts, tokens)
+        return 20.0 + tokens * (2 if server.mode == "native" else 1)
+
+    monkeypatch.setattr(bench_decode_rate, "seconds_of", seconds_of)
+    return known
+
+
+def run(monkeypatch, tmp_path, *arguments: str) -> int:
+    command = [
+        "bench_decode_rate.py",
+        "--out",
+        str(tmp_path / "out.json"),
+        "--batch",
+        "3",
+        "--context",
+        "40",
+        *arguments,
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    return bench_decode_rate.main()
+
+
+def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
+    options = ["--tokens", "80", "--repeats", "1", "--url", "native=http://a", "hisa=http://b"]
+    assert run(monkeypatch, tmp_path, *options) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["medians"] == {"native": 1.5, "hisa": 3.0}, "60 tokens of 3 requests in 120 and in 60 s"
+    assert sorted(decoders["http://b"].asked) == [(40, 20)] * 3 + [(40, 80)] * 3
+    assert "hisa: 3 tokens/s, 1000.00 ms a step, 2.00x native" in capsys.readouterr().out
+
+
+def test_prompts_differ_from_their_first_tokens_on():
+    prompts = bench_decode_rate.prompts_of(32, 8)
+    assert len({tuple(ids[:2]) for ids in prompts}) == 32 and prompts == bench_decode_rate.prompts_of(32, 8)
+
+
+def test_a_mode_that_did_not_run_fails(decoders, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, "--tokens", "8", "--url", "native=http://a", "hisa=http://c") == 1
+    assert "hisa: 0 runs on the device for" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("urls", [["hisa=http://a"], ["http://a"], ["native=http://a", "native=http://a"]])
+def test_servers_must_decode_as_they_are_named(urls, decoders, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, "--url", *urls) == 1
+    assert "--url" in capsys.readouterr().err
+
+
+def test_prepare_asks_for_one_token(decoders, monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, "--prepare", "--url", "hisa=http://b") == 0
+    assert decoders["http://b"].asked == [(40, 1)] * 3 and not (tmp_path / "out.json").exists()
