@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     refused = refused_options(args.modes, grid, model)
     samples = trace_samples(traces, args.contexts)
     quiet = args.quiet or not sys.stderr.isatty()
-    measured = [one for one in recalls(samples, grid, args, quiet) if option_of(one.mode, one.params) not in refused]
+    seen = recalls(samples, grid, args, quiet)
+    measured = [one for one in seen if option_of(one.mode, one.params) not in refused]
     found, target = gather(measured), Target(args.recall_target, args.recall_min)
     contexts: dict[int, set[int]] = {}
     for sample in samples:
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     starts = None if how is None else shortest_prompts(samples)
     write_settings_file(args.out, file_content(choices, base, num_layers, starts, facts))
     print(report(choices, facts, refused))
+    if unseen := [mode for mode in args.modes if mode not in {one.mode for one in seen}]:
+        print(f"not measured, no row of the traces can tell: {', '.join(unseen)}")
     if args.json:
         args.json.write_text(json.dumps(record(facts, found, costs, refused), indent=1) + "\n")
         print(f"wrote {args.json}")

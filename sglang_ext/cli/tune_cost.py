@@ -1,6 +1,5 @@
 """What a layer's selection costs, for `sglang-ext tune`: timed on a GPU, or by the formulas."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ Costs = dict[tuple[int, Option, int], Cost]  # of (layer, option, context)
 
 
 class Timed(NamedTuple):
-    """How costs are timed: rows of a chunk, and the top-k kernel, SGLang's where it is installed."""
+    """How costs are timed: rows of a chunk, and the top-k kernel, SGLang's where it can be imported."""
 
     rows: int
     top_k_kernel: TopK | None
@@ -30,7 +29,7 @@ class Timed(NamedTuple):
     @property
     def note(self) -> str:
         """What was timed, in one sentence."""
-        kernel = "SGLang's" if self.top_k_kernel else "torch's (SGLang is not installed)"
+        kernel = "SGLang's" if self.top_k_kernel else "torch's (SGLang cannot be imported here)"
         return (
             f"device milliseconds of {self.rows} rows on one {torch.cuda.get_device_name()}, medians of {ROUNDS}, "
             f"interleaved with native, top-k {kernel}"
@@ -49,10 +48,10 @@ def timing(cost: str, rows: int, q: torch.Tensor) -> Timed | None:
         raise ValueError(f"--cost measured: {refusal}")
     if cost == "formula" or refusal is not None:
         return None
-    if importlib.util.find_spec("sglang") is None:
+    try:
+        from sglang_ext.sglang_hooks import sglang_top_k
+    except ImportError:
         return Timed(rows, None)
-    from sglang_ext.sglang_hooks import sglang_top_k
-
     return Timed(rows, sglang_top_k)
 
 
@@ -63,14 +62,23 @@ def time_costs(
     how: Timed,
     done: Callable[[], object],
 ) -> Costs:
-    """Times the options of `able` on every sample of their layer; several samples of one context add up."""
+    """Times the options of `able` on every sample of their layer; several samples of one context add up.
+
+    Raises ValueError where the device cannot: out of memory, or a call that waits for it.
+    """
     costs: Costs = {}
     for sample in samples:
         layer = sample.layer or 0
         if options := able[layer]:
             case = StageCase(sample.to("cuda"), how.rows, how.top_k_kernel)
             choices = {option: (option.mode, option.params(base)) for option in options}
-            native, of_option = stage_milliseconds(case, choices, base.top_k, ROUNDS)
+            try:
+                native, of_option = stage_milliseconds(case, choices, base.top_k, ROUNDS)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"layer {layer} at {sample.context} tokens could not be timed: {error}; fewer --rows need less "
+                    "memory, --cost formula needs no GPU"
+                ) from error
             for option, spent in of_option.items():
                 before = costs.get((layer, option, sample.context), Cost(0.0, 0.0))
                 costs[layer, option, sample.context] = Cost(before.native + native, before.option + spent)

@@ -111,6 +111,25 @@ def test_timed_costs_decide_and_give_the_shortest_prompt(traces, out, monkeypatc
     assert "device milliseconds of 8192 rows on one H200" in content["tuned_on"]["cost"]
 
 
+def test_a_device_that_cannot_time_is_one_line(traces, out, monkeypatch, capsys):
+    def too_large(*_args):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(tune_cost, "StageCase", lambda *args: None)
+    monkeypatch.setattr(tune_cost, "stage_milliseconds", too_large)
+    monkeypatch.setattr(tune_cost.Sample, "to", lambda self, device: self)
+    monkeypatch.setattr(tune, "timing", lambda cost, rows, q: tune_cost.Timed(rows, None))
+    tuned(out, traces, *CHEAP, "--recall-target", "0", "--recall-min", "0", code=2)
+    assert "layer 0 at 6144 tokens could not be timed: CUDA out of memory; fewer --rows" in capsys.readouterr().err
+
+
+def test_modes_without_a_row_to_measure_are_named(traces, out, capsys):
+    """Of group_rerank whole groups must be in the trace: these four rows are the last of 6000 tokens, and are one."""
+    content = tuned(out, traces, *SMALL, "--modes", "hisa,group_rerank", "--group", "16")
+    assert "not measured, no row of the traces can tell: group_rerank" in capsys.readouterr().out
+    assert {entry["prefill_mode"] for entry in content["layers"].values()} <= {"hisa", "native"}
+
+
 def test_options_that_no_server_runs_are_left_out(traces, out, capsys):
     pytest.importorskip("tilelang")
     content = tuned(out, traces, *CHEAP, "--active-heads", "5", "--recall-target", "0", "--recall-min", "0")
