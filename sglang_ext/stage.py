@@ -50,7 +50,7 @@ class Stage:
         self.settings = settings
         self._switch = RuntimeSwitch()
         self._layer_settings = LayerSettings()
-        self._obstacle: str | None = None
+        self._refused: set[str] = set()  # reasons for which a model was refused as it was built
         self.counters = Counters()
         self.shadow = Shadow.of(settings)
         self._environ = environ
@@ -108,13 +108,16 @@ class Stage:
         """A model whose indexer is not hooked, or by others too: the end of the server under strict, if any mode was
         asked for.
         """
-        self._obstacle = self._obstacle or reason
+        self._refused.add(reason)
         if self._asks("prefill") or self._asks("decode"):
             self._reject(f"{policy.UNSUPPORTED[reason]}{because and ': '}{because} ({reason})")
 
     def knows_model(self) -> bool:
         """Whether an indexer was built, hooked or refused."""
-        return bool(self._models or self._layers or self._obstacle)
+        return bool(self._models or self._layers or self._refused)
+
+    def _obstacle(self) -> str | None:
+        return "other_plugin" if "other_plugin" in self._refused else None
 
     def _asks(self, phase: str) -> bool:
         return any(policy.asks(phase, one.settings) for one in self._layer_settings.all(self.settings))
@@ -155,7 +158,7 @@ class Stage:
         view = BatchView("prefill", rows, seen, max(seen, default=0), heads=q.shape[1])
         settings = variant.settings
         if policy.asks("prefill", settings):
-            view = self._supported(settings, view._replace(unsupported=self._obstacle or unsupported()), q)
+            view = self._supported(settings, view._replace(unsupported=self._obstacle() or unsupported()), q)
             if view.unsupported is None and not (
                 len(seen) == len(extend) == page_table.shape[0] and rows <= q.shape[0]
             ):
@@ -193,7 +196,7 @@ class Stage:
             return kept
         view = BatchView("decode", num_rows, None, page_table.shape[1] * 64)
         if policy.asks("decode", variant.settings):
-            view = self._supported(variant.settings, view._replace(unsupported=self._obstacle or unsupported()), q)
+            view = self._supported(variant.settings, view._replace(unsupported=self._obstacle() or unsupported()), q)
             if view.unsupported is None and not lengths.shape[0] == page_table.shape[0] == num_rows <= q.shape[0]:
                 view = view._replace(unsupported="rows_mismatch")
         decision = self._decide(view, variant)
@@ -367,8 +370,8 @@ class Stage:
 
     def _decide(self, view: BatchView, variant: Variant) -> Decision:
         decision = choose(view, variant.settings)
-        if variant.number and decision.reason == policy.CONFIGURED_NATIVE:
-            return Decision("native", policy.NATIVE_LAYER)
+        if decision.reason == policy.CONFIGURED_NATIVE and self.settings.phase_mode(view.phase) != "native":
+            return Decision("native", policy.NATIVE_LAYER)  # the layer's own doing
         if decision.reason in policy.UNSUPPORTED:
             self._support.reject(
                 self.settings, f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})"

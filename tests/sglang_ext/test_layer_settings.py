@@ -128,9 +128,10 @@ def test_under_auto_a_layers_mode_waits_as_auto_waits(batch):
 
 
 def test_native_everywhere_is_not_the_layers_doing(batch):
-    stage = stage_of(settings({"1": {"mode": "native"}}, mode="native"))
-    forward_layers(stage, batch, layers=2)
-    assert set(calls(stage)) == {("prefill", "native", "configured_native"), ("prefill", "native", "native_layer")}
+    """As where SGLANG_EXT_MODE=native turns a tuned server off."""
+    stage = stage_of(settings({"1": {"mode": "native"}, "2": {"active_heads": 4}}, mode="native"))
+    forward_layers(stage, batch, layers=3)
+    assert calls(stage) == {("prefill", "native", "configured_native"): (3, 39)}
 
 
 def test_native_layers_of_the_deployment_still_count(batch):
