@@ -10,6 +10,7 @@ from indexer_kernels import MODES
 from scripts.print_settings import ALL, PAGES, settings_table, with_table
 from sglang_ext import policy
 from sglang_ext.settings import Settings, load_settings
+from sglang_ext.settings_file import read_settings_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -33,6 +34,13 @@ def test_the_settings_file_of_the_docs_loads(tmp_path):
     (tmp_path / "example.json").write_text(example)
     settings = load_settings(None, {"SGLANG_EXT_SETTINGS_FILE": str(tmp_path / "example.json")})
     assert [number for number, _ in settings.layers] == [0, 3, 4]
+
+
+def test_the_example_of_tuning_is_a_settings_file():
+    path = str(ROOT / "docs" / "results" / "tuning" / "small_dsa_settings.json")
+    read_settings_file(path).check_model(3, 64, 2048)
+    settings = load_settings(None, {"SGLANG_EXT_SETTINGS_FILE": path})
+    assert [settings.of_layer(layer).auto_prefill_mode for layer in range(3)] == ["group_rerank"] + 2 * ["misa_rerank"]
 
 
 def test_every_reason_is_explained():
