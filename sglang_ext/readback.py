@@ -24,8 +24,8 @@ class Readback:
     def __init__(self, source: torch.Tensor, make_event: Callable[[], Event] | None = None) -> None:
         on_gpu = source.device.type == "cuda"
         self._source = source
-        self._latest = torch.zeros(source.shape, dtype=source.dtype)
-        self._arriving = torch.zeros(source.shape, dtype=source.dtype, pin_memory=on_gpu)
+        self._latest = torch.zeros(source.shape, dtype=source.dtype, device="cpu")
+        self._arriving = torch.zeros(source.shape, dtype=source.dtype, device="cpu", pin_memory=on_gpu)
         self._event = (make_event or torch.cuda.Event)() if on_gpu or make_event else None
         self._under_way = False
 

@@ -12,8 +12,8 @@ from indexer_kernels.gpu import deep_gemm_logits
 from indexer_kernels.gpu.work import slices
 from indexer_kernels.page_layout import unpack_pages
 from indexer_kernels.reference.scores import token_scores
-from tests.support.default_dtype import default_dtype
 from tests.support.inputs import make_batch
+from tests.support.model_building import default_dtype
 
 
 def test_few_sizes_for_all_batches():

@@ -8,8 +8,8 @@ import torch
 from indexer_kernels import select_ragged, select_rows
 from indexer_kernels.reference import modes
 from indexer_kernels.row_plan import plan_extend
-from tests.support.default_dtype import default_dtype
 from tests.support.inputs import make_batch
+from tests.support.model_building import default_dtype
 from tests.support.small import CASES, SMALL
 
 

@@ -9,6 +9,7 @@ import torch
 
 from indexer_kernels import MODES
 from sglang_ext.counters import Counters
+from tests.support.model_building import model_building
 
 CPU = torch.device("cpu")
 
@@ -137,3 +138,17 @@ def test_counting_from_threads_loses_nothing():
     snapshot = counters.snapshot()
     assert snapshot["calls"][0]["calls"] == 4000 and snapshot["calls"][0]["rows"] == 8000
     assert snapshot["captured"][0]["calls"] == 4000
+
+
+def test_prepared_while_a_model_is_built():
+    """A server died at its start: SGLang's default device gave the host's copies GPU memory, which cannot be pinned."""
+    counters, cpu = Counters(), torch.device("cpu")
+    with model_building():
+        counters.prepare_device(cpu)
+        counters.prepare_integrity(cpu)
+    counters.step_device("decode", "hisa", cpu)
+    counters.count_integrity(torch.tensor(5), torch.tensor(1))
+    for wait in (True, False, False):
+        seen = counters.snapshot(wait)
+    assert seen["device_runs"] == {"decode/hisa": 1}
+    assert (seen["integrity_checked"], seen["integrity_mismatches"]) == (5, 1)

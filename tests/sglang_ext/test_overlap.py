@@ -10,6 +10,7 @@ from indexer_kernels.reference.scores import token_scores
 from sglang_ext.cli.recall import Sample, evaluate, selected_tokens, shares_found
 from sglang_ext.overlap import BOUNDS, SLOTS, Key, Overlaps, Total, row_overlap
 from tests.support.inputs import make_batch
+from tests.support.model_building import model_building
 from tests.support.small import SMALL
 
 KEY = Key("prefill", "misa", 3)
@@ -102,3 +103,12 @@ def test_more_kinds_than_there_is_memory_for():
     with pytest.raises(RuntimeError, match="no memory .*decode.*1024"):
         overlaps.add(Key("decode", "misa", 0), torch.ones(1, dtype=torch.float64))
     assert len(overlaps.read(wait=True)) == SLOTS
+
+
+def test_prepared_while_a_model_is_built():
+    overlaps = Overlaps()
+    with model_building():
+        overlaps.prepare(torch.device("cpu"))
+    overlaps.add(Key("prefill", "hisa", 0), torch.tensor([1.0, 0.5], dtype=torch.float64))
+    overlaps.send()
+    assert overlaps.read()[Key("prefill", "hisa", 0)].mean == 0.75
