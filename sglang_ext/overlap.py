@@ -57,7 +57,7 @@ class Overlaps:
         """The memory [SLOTS, 2 + bounds] float64; pinned memory is best allocated before serving starts."""
         if self._cells is None:
             self._cells = torch.zeros((SLOTS, 2 + len(BOUNDS)), dtype=torch.float64, device=device)
-            self._bounds = torch.tensor(BOUNDS, dtype=torch.float64).to(device, non_blocking=True)
+            self._bounds = torch.tensor(BOUNDS, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
             self._copy = Readback(self._cells)
         return self._cells
 
