@@ -4,9 +4,10 @@
 # H200, for 2048 and for 8192 rows (scripts/break_even.py on docs/results/prefill_stage/stage.json; rounded up to 8192).
 # Fewer heads make native cheaper, and not what is read and listed.
 MIN_TOKENS = {64: 40960, 32: 57344}
-# {rows of a decode batch: tokens}: from which context limit on hisa with stored statistics is as fast as native in a
-# graph, for at least so many rows. TO BE MEASURED: while it is empty, `auto` decode is native (auto_decode_native).
-DECODE_MIN_TOKENS: dict[int, int] = {}
+# {rows of a decode batch: tokens}: from which context on hisa with stored statistics is as fast as native in a graph,
+# for at least so many rows; with 64 and 32 heads (scripts/break_even.py on docs/results/decode_stage/decode.json). One
+# row gains nothing at any context.
+DECODE_MIN_TOKENS = {8: 24576, 64: 16384, 256: 8192}
 
 
 def min_tokens(heads: int) -> int:
@@ -17,10 +18,6 @@ def min_tokens(heads: int) -> int:
 
 
 def decode_min_tokens(rows: int) -> int | None:
-    """Context limit from which on hisa decode of so many rows is no slower than native; None: never, or not measured.
-
-    One CUDA graph serves a batch size at every length, so the limit decides, and what was measured must hold for
-    shorter contexts too.
-    """
+    """Context from which on hisa decode of so many rows is no slower than native; None: never, or not measured."""
     measured = [least for least in DECODE_MIN_TOKENS if least <= rows]
     return DECODE_MIN_TOKENS[max(measured)] if measured else None

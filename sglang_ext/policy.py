@@ -84,14 +84,15 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
     An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
     settings.auto_prefill_mode for at least settings.prefill_min_rows rows once the longest request of the batch reaches
     settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages.
-    `auto` decode is hisa where rows and context limit of the batch, all that a captured graph knows, reach the measured
-    break-even, and native while none is measured. Requests of one batch need no separate decision: a row whose context
-    fits the candidate budget is scored as native scores it, by all heads and without a routed scan.
+    `auto` decode is native unless settings.decode_tokens says how long contexts are: one CUDA graph serves a batch size
+    at every length, and the host does not know the lengths. Then it is hisa for the batch sizes whose measured
+    break-even is at most that. Requests of one batch need no separate decision: a row whose context fits the candidate
+    budget is scored as native scores it, by all heads and without a routed scan.
     """
     wanted = settings.phase_mode(batch.phase)
     if wanted == "native":
         return Decision("native", CONFIGURED_NATIVE)
-    if wanted == "auto" and batch.phase == "decode" and not break_even.DECODE_MIN_TOKENS:
+    if wanted == "auto" and batch.phase == "decode" and not settings.decode_tokens:
         return Decision("native", AUTO_DECODE_NATIVE)
     if wanted == "auto" and batch.phase == "prefill" and not token_candidates(settings):
         return Decision("native", PAGE_CANDIDATES)
@@ -101,7 +102,7 @@ def choose(batch: BatchView, settings: Settings) -> Decision:
         return Decision(wanted, CONFIGURED)
     if batch.phase == "decode":
         needed = break_even.decode_min_tokens(batch.rows)
-        if needed is None or batch.max_length < needed:
+        if needed is None or min(batch.max_length, settings.decode_tokens) < needed:
             return Decision("native", BELOW_BREAK_EVEN)
         return Decision(AUTO_DECODE, AUTO_SELECTED)
     if max(batch.lengths or (batch.max_length,)) < (settings.prefill_min_tokens or break_even.min_tokens(batch.heads)):
@@ -115,7 +116,7 @@ def asks(phase: str, settings: Settings) -> bool:
     """Whether the settings can ask for another mode than native in this phase: else nothing needs to be looked at."""
     wanted = settings.phase_mode(phase)
     if wanted == "auto":
-        return token_candidates(settings) if phase == "prefill" else bool(break_even.DECODE_MIN_TOKENS)
+        return token_candidates(settings) if phase == "prefill" else settings.decode_tokens > 0
     return wanted != "native"
 
 

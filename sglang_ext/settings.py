@@ -70,6 +70,11 @@ class Settings:
         0, "`auto`: prefill of shorter contexts stays native; 0: the measured break-even, 40960 with 64 heads"
     )
     prefill_min_rows: int = _setting(2048, "`auto`: prefill of fewer rows stays native")
+    decode_tokens: int = _setting(
+        0,
+        "`auto`: tokens that contexts usually have in decode; hisa decodes the batch sizes for which that pays (8 rows "
+        "from 24576, 64 from 16384, 256 from 8192); 0: native",
+    )
     backend: str = _setting("auto", "`gpu`, `reference` (float32 PyTorch, for debugging) or `auto`")
     runtime_switch: bool = _setting(False, "let POST /set_internal_state change the prefill mode (environment only)")
     shadow_rate: float = _setting(
@@ -93,7 +98,7 @@ class Settings:
                 _choice(name, getattr(self, name), SERVE_MODES)
         _choice("auto_prefill_mode", self.auto_prefill_mode, tuple(mode for mode in MODES if mode != "native"))
         _choice("backend", self.backend, ("auto", "reference", "gpu"))
-        for name in ("native_tail_rows", "prefill_min_tokens", "prefill_min_rows"):
+        for name in ("native_tail_rows", "prefill_min_tokens", "prefill_min_rows", "decode_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("trace_rows", "shadow_rows", "guard_min_samples"):

@@ -125,7 +125,7 @@ def test_asks_is_false_exactly_where_nothing_but_native_can_come_out(phase, mode
         assert mode_to_try(phase, settings) == outcome
 
 
-# Decode once its break-even is measured: {rows: context limit}
+# Decode: {rows: tokens}
 
 
 @pytest.fixture
@@ -134,26 +134,34 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "limit", "want"),
+    ("rows", "tokens", "limit", "want"),
     [
-        (7, 1 << 20, Decision("native", "below_break_even")),
-        (8, 1 << 16, Decision("hisa", "auto_selected")),
-        (31, (1 << 16) - 1, Decision("native", "below_break_even")),
-        (32, 1 << 15, Decision("hisa", "auto_selected")),
-        (512, 1 << 15, Decision("hisa", "auto_selected")),
-        (512, (1 << 15) - 64, Decision("native", "below_break_even")),
+        (7, 1 << 20, 1 << 20, Decision("native", "below_break_even")),
+        (8, 1 << 16, 1 << 20, Decision("hisa", "auto_selected")),
+        (31, (1 << 16) - 1, 1 << 20, Decision("native", "below_break_even")),
+        (32, 1 << 15, 1 << 20, Decision("hisa", "auto_selected")),
+        (512, 1 << 15, 1 << 20, Decision("hisa", "auto_selected")),
+        (512, (1 << 15) - 1, 1 << 20, Decision("native", "below_break_even")),
+        (512, 1 << 20, (1 << 15) - 64, Decision("native", "below_break_even")),
     ],
 )
-def test_auto_decode_goes_by_rows_and_context_limit(measured, rows, limit, want):
-    view = BatchView("decode", rows, None, limit)
-    assert choose(view, Settings()) == choose(view, PAGES) == want
-    assert choose(view._replace(unsupported="no_statistics"), Settings()) == Decision("native", "no_statistics")
+def test_auto_decode_goes_by_rows_and_usual_contexts(measured, rows, tokens, limit, want):
+    view, settings = BatchView("decode", rows, None, limit), Settings(decode_tokens=tokens)
+    assert choose(view, settings) == want
+    assert choose(view._replace(unsupported="no_statistics"), settings) == Decision("native", "no_statistics")
+    assert choose(view, Settings()) == Decision("native", "auto_decode_native"), "nobody said how long contexts are"
     assert choose(view, Settings(decode_mode="hisa")) == Decision("hisa", "configured")
 
 
-def test_auto_decode_asks_once_it_is_measured(measured):
-    assert asks("decode", Settings()) and mode_to_try("decode", Settings()) == AUTO_DECODE
-    assert needs_statistics(Settings()) and not always_native(Settings())
+def test_auto_decode_asks_once_contexts_are_known():
+    settings = Settings(decode_tokens=1 << 16)
+    assert asks("decode", settings) and mode_to_try("decode", settings) == AUTO_DECODE
+    assert needs_statistics(settings) and not always_native(settings)
+    assert not asks("decode", Settings()) and not needs_statistics(Settings())
+
+
+def test_one_row_never_decodes_by_blocks():
+    assert choose(BatchView("decode", 1, None, 1 << 20), Settings(decode_tokens=1 << 20)).mode == "native"
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
