@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import break_even
-from sglang_ext.break_even import MIN_TOKENS
+from sglang_ext.break_even import DECODE_MIN_TOKENS, MIN_TOKENS
 
 
 def results(*cases):
@@ -71,3 +71,30 @@ def test_the_policys_table_is_what_the_record_says():
     record = Path(__file__).parents[2] / "docs/results/prefill_stage/stage.json"
     found = break_even.break_evens(json.loads(record.read_text())["results"], "misa_rerank")
     assert break_even.min_tokens(found) == MIN_TOKENS
+
+
+def decode_results(*cases):
+    """(heads, batch, context, native, hisa)"""
+    return [
+        {"phase": "decode", "heads": heads, "batch": batch, "context": context, "mode": mode, "us": us}
+        for heads, batch, context, *times in cases
+        for mode, us in zip(("native", "hisa"), times)
+    ]
+
+
+def test_decode_leaves_out_batches_that_hardly_gain(tmp_path, capsys):
+    path = tmp_path / "decode.json"
+    found = decode_results(
+        (64, 1, 1000, 10, 12), (64, 1, 90000, 21, 20), (64, 8, 1000, 10, 14), (64, 8, 9000, 30, 26),
+        (32, 8, 1000, 10, 11), (32, 8, 9000, 30, 20), (64, 64, 1000, 30, 20), (64, 64, 9000, 90, 20),
+    )  # fmt: skip
+    path.write_text(json.dumps({"results": found}))
+    assert break_even.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "hisa, 64 heads, 8 rows: from 5000 tokens on" in lines
+    assert lines[-1] == "DECODE_MIN_TOKENS = {8: 8192, 64: 8192}"
+
+
+def test_the_policys_decode_table_is_what_the_record_says():
+    record = Path(__file__).parents[2] / "docs/results/decode_stage/decode.json"
+    assert break_even.decode_min_tokens(json.loads(record.read_text())["results"], "hisa") == DECODE_MIN_TOKENS
