@@ -14,6 +14,9 @@ import json
 from pathlib import Path
 
 
+DRAFT_EXPERTS = 32
+
+
 def model_config(layers: int, heads: int, indexer_heads: int) -> dict:
     """config.json of DeepSeek-V3.2 with `layers` dense layers and `heads` of its 128 attention heads."""
     return {
@@ -39,7 +42,7 @@ def model_config(layers: int, heads: int, indexer_heads: int) -> dict:
         "moe_layer_freq": 1,
         "n_group": 8,
         "topk_group": 4,
-        "n_routed_experts": 32,
+        "n_routed_experts": 256,
         "n_shared_experts": 1,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
@@ -77,7 +80,7 @@ def write_model(out: Path, layers: int, heads: int, indexer_heads: int = 64) -> 
     from transformers import PreTrainedTokenizerFast
 
     out.mkdir(parents=True, exist_ok=True)
-    config = model_config(layers, heads, indexer_heads)
+    config = model_config(layers, heads, indexer_heads) | {"n_routed_experts": DRAFT_EXPERTS}
     (out / "config.json").write_text(json.dumps(config, indent=1))
     letters = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     letters += [f"<x{n}>" for n in range(len(letters), config["vocab_size"])]
