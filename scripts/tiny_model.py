@@ -13,7 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-
 DRAFT_EXPERTS = 32
 
 
