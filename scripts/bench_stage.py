@@ -13,11 +13,9 @@ with the reference backend on a small case. Needs an sm_90 GPU and SGLang.
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import NamedTuple
 
 import deep_gemm
@@ -28,11 +26,10 @@ import bench_decode
 from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.page_layout import pack_pages
 from indexer_kernels.row_plan import RowPlan, plan_extend
-from run_record import run_record
 from sglang_ext.cli.stage_time import Timing, timed
 from sglang_ext.sglang_hooks import sglang_top_k
 
-PARAMS = IndexerParams()
+PARAMS = bench_decode.PARAMS
 PAGES = IndexerParams(candidate_unit="page")
 MODES = ("misa", "misa_rerank", "misa_rerank_pages", "hisa", "group_rerank")
 RERANKING = ("misa_rerank", "misa_rerank_pages", "group_rerank")  # the gpu backend may find more of native's tokens
@@ -157,11 +154,6 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
     ]
 
 
-def write(path: str, checks: list[dict], results: list[dict]) -> None:
-    with open(path, "w") as file:
-        json.dump({"run": run_record(), "params": asdict(PARAMS), "checks": checks, "results": results}, file, indent=1)
-
-
 def main() -> int:
     phase = argparse.ArgumentParser(add_help=False)
     phase.add_argument("--phase", choices=("prefill", "decode"), default="prefill")
@@ -198,7 +190,7 @@ def main() -> int:
                         flush=True,
                     )
                 if args.json:  # after every case: what was measured outlives what comes
-                    write(args.json, checks, results)
+                    bench_decode.write(args.json, checks, results)
     return 0
 
 
