@@ -9,11 +9,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from server_process import end_of
+from server_process import end_of, running
 
 MODULES = {"serving": "sglang.benchmark.serving", "one_batch": "sglang.benchmark.one_batch_server"}
 # SGLang keeps generated prompts on disk under the tokenizer's class name alone, so that another model's ids could come
@@ -147,19 +148,11 @@ def run_command(command: Sequence[str], log: Path, check_server: Callable[[], No
 
     RuntimeError with the end of the log where the command fails.
     """
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while process.poll() is None:
-                check_server()
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    with running(command, log) as process:
+        while process.poll() is None:
+            check_server()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
     if process.returncode:
         check_server()
         raise RuntimeError(f"{command[2]} ended with {process.returncode}; the end of {log}:\n{end_of(log)}")

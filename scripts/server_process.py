@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ARGUMENTS = [
@@ -28,6 +29,7 @@ ARGUMENTS = [
     "--watchdog-timeout=900",
 ]
 START_LIMIT_S = 420
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 SERVE = (sys.executable, "-m", "sglang_ext.cli", "serve")
 
 
@@ -116,20 +118,48 @@ def launch(
     command += ["--model-path", str(model), f"--port={port}", *arguments]
     command += ["--load-format=dummy"] * dummy_weights + [*extra]
     began = time.perf_counter()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environ}, start_new_session=True
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(url, process, log, began, start_limit_s)
-            yield LaunchedServer(url, time.perf_counter() - began, process, log)
-        finally:
+    with running(command, log, environ) as process:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(url, process, log, began, start_limit_s)
+        yield LaunchedServer(url, time.perf_counter() - began, process, log)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], log: Path, environ: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen]:
+    """The command as a process group of its own, output in `log`; it and its workers are ended when the block ends.
+
+    environ: added to this process's variables. Call from the main thread, which alone takes signals.
+    """
+    process = None
+    try:
+        with log.open("w") as output, _interrupts_held():
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environ}, start_new_session=True
+            )
+        yield process
+    finally:
+        if process is not None:
             _end(process)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM come when the block ends: raised inside Popen they would lose the child it has just forked."""
+    held: list[int] = []
+    handlers = {sent: signal.signal(sent, lambda number, _: held.append(number)) for sent in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for sent, handler in handlers.items():
+            signal.signal(sent, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
 def _end(process: subprocess.Popen) -> None:
-    """End the server and its workers, which are one process group of ours."""
+    """End the process and its workers, which are one process group of ours."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
