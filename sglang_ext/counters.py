@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -51,6 +52,11 @@ class Counters:
         """One layer's call that a CUDA graph recorded."""
         with self._lock:
             self._captured[(phase, mode, rows)] += 1
+
+    def captured(self, phase: str, modes: Sequence[str]) -> int:
+        """Calls of these modes that CUDA graphs recorded."""
+        with self._lock:
+            return sum(calls for (of, mode, _), calls in self._captured.items() if of == phase and mode in modes)
 
     def count_trace(self) -> None:
         """One trace written: one layer of one prompt."""

@@ -335,9 +335,10 @@ class Stage:
         page_table: torch.Tensor,
         row_lengths: torch.Tensor,
     ) -> None:
-        """`statistics.step` of a layer. Rows that have no page table end the use of statistics: they would go stale."""
+        """`statistics.step`. Rows without a page table end their use; RuntimeError where captured graphs read them."""
         if row_lengths.shape[0] != page_table.shape[0]:
             self._no_statistics = "statistics_lost"
+            statistics.check_no_graph_reads(self.counters.captured("decode", policy.STATISTICS_MODES))
             self.refuse_statistics(self._no_statistics)
             return
         checks = self.counters if self.settings.check_integrity else None

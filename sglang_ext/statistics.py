@@ -123,6 +123,15 @@ def step(
         _check(checks, means, k_pages, page_table, row_lengths)
 
 
+def check_no_graph_reads(captured: int) -> None:
+    """RuntimeError where CUDA graphs have captured selections that read statistics, which are wrong from now on."""
+    if captured:
+        raise RuntimeError(
+            "sglang-ext: a decode step could not be followed by the block statistics (statistics_lost), and "
+            f"{captured} selections in captured CUDA graphs read them; decode_mode=native serves these arguments"
+        )
+
+
 def _check(
     checks: Counters, means: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, lengths: torch.Tensor
 ) -> None:

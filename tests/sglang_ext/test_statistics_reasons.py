@@ -1,6 +1,7 @@
 """Where block statistics cannot be, decode says why and SGLang's own indexer serves; what they cost is counted."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -160,6 +161,27 @@ def test_a_step_that_cannot_be_followed_ends_their_use(stage, strict):
     server.decode([request])
     reasons = {(c["mode"], c["reason"]) for c in stage.counters.snapshot()["calls"] if c["phase"] == "decode"}
     assert reasons == {("native", "statistics_lost")} and not stage.wants_statistics()
+
+
+@pytest.mark.parametrize(
+    ("phase", "mode", "ends"),
+    [("decode", "hisa", True), ("decode", "misa_rerank", True), ("decode", "misa", False), ("prefill", "hisa", False)],
+)
+def test_it_ends_a_server_whose_graphs_read_them(stage, phase, mode, ends):
+    """A graph goes on reading whatever the host decides later."""
+    sut.use(stage, **SETTINGS)
+    server, request = Server(make_pool(8)), Request()
+    server.extend([(request, 70)])
+    stage.counters.count_capture(phase, mode, rows=1)
+    table, lengths = torch.tensor([request.pages], dtype=torch.int32), torch.tensor([70, 71], dtype=torch.int32)
+    step = functools.partial(
+        stage.step_means, server.statistics(), 0, server.pool.index_key_cache.buffer[0], table, lengths
+    )
+    if ends:
+        with pytest.raises(RuntimeError, match="statistics_lost.*1 selections in captured CUDA graphs read them"):
+            step()
+    else:
+        step()
 
 
 # Memory accounting
