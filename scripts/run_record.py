@@ -38,9 +38,18 @@ def git_commit() -> str | None:
 
 
 def gpu_name() -> str | None:
+    """Name and driver of each GPU that this process may use."""
+    lines = ask_gpus("name,driver_version")
+    return None if lines is None else "; ".join(lines)
+
+
+def ask_gpus(fields: str) -> list[str] | None:
+    """nvidia-smi's answer, a line for each GPU in CUDA_VISIBLE_DEVICES, for all where that is empty; None if none."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={chosen}")
     try:
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
 

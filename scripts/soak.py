@@ -12,7 +12,6 @@ the first quarter.
 
 import argparse
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from openai_client import Client
-from run_record import run_record
+from run_record import ask_gpus, run_record
 from soak_traffic import Totals, Traffic
 
 SAMPLE_EVERY_S = 10.0
@@ -29,13 +28,9 @@ IDLE_LIMIT_S = 120.0
 
 
 def used_memory_mib() -> int | None:
-    """Memory in use on all GPUs of this machine, None where nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return sum(int(line) for line in said.split())
-    except (FileNotFoundError, subprocess.CalledProcessError, ValueError):
-        return None
+    """Memory in use on the GPUs that this process may use, None where nvidia-smi does not tell."""
+    lines = ask_gpus("memory.used")
+    return sum(int(line) for line in lines) if lines and all(line.strip().isdigit() for line in lines) else None
 
 
 class MemoryWatch:
