@@ -6,8 +6,9 @@
 
 Every server is given the same prompts, whose keys stay in its prefix cache (--prepare fills it and measures nothing).
 A measurement asks all prompts at once for --tokens tokens, then for a quarter as many; the difference is decoding at
-the full batch, without prefill and without the start. Servers take turns; medians. A server whose name is not `native`
-must decode in the mode of that name, and its device counter must rise by the steps taken.
+the full batch, without prefill and without the start. Servers take turns; medians. A server must decode in the mode of
+its name, and unless that is `native` or `auto` its device counter must rise by the steps taken. `auto` at a batch below
+its break-even shows what keeping block statistics costs native decode.
 """
 
 import argparse
@@ -53,6 +54,12 @@ def decode_runs(server: Client, mode: str) -> int:
     return server.status()["device_runs"].get(f"decode/{mode}", 0)
 
 
+def forwards_of(server: Client) -> dict[str, int]:
+    """{mode (reason): decode forwards}, of which CUDA graphs count at their capture."""
+    listed = [one for one in server.status()["forwards"] if one["phase"] == "decode"]
+    return {f"{one['mode']} ({one['reason']})": one["forwards"] for one in listed}
+
+
 def named_servers(urls: list[str]) -> dict[str, Client]:
     """name=url, with what each decodes in checked. ValueError names the entry and what is allowed."""
     servers = {}
@@ -75,7 +82,7 @@ def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, r
             before = decode_runs(server, name)
             rates[name].append(rate_of(server, prompts, tokens))
             ran, steps = decode_runs(server, name) - before, tokens - 1 + tokens // 4 - 1
-            if name != "native" and ran < steps:
+            if name not in ("native", "auto") and ran < steps:
                 raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
     return rates
 
@@ -111,6 +118,7 @@ def main() -> int:
         "tokens": args.tokens,
         "tokens_per_s": rates,
         "medians": medians,
+        "forwards": {name: forwards_of(server) for name, server in servers.items()},
     }
     args.out.write_text(json.dumps(record, indent=1))
     for name, rate in medians.items():

@@ -12,7 +12,7 @@ class Decoder:
 
     def __init__(self, mode: str, counts: bool = True) -> None:
         self.mode, self.counts, self.url = mode, counts, f"http://{mode}"
-        self.runs = 0
+        self.runs, self.runs_as = 0, "native" if mode == "auto" else mode
         self.asked: list[tuple[int, int]] = []
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
@@ -22,12 +22,18 @@ class Decoder:
         return [1] * tokens
 
     def status(self) -> dict:
-        return {"modes": {"decode": self.mode}, "device_runs": {f"decode/{self.mode}": self.runs}}
+        forwards = [
+            {"phase": "prefill", "mode": "native", "reason": "configured_native", "forwards": 9},
+            {"phase": "decode", "mode": self.runs_as, "reason": "below_break_even", "forwards": 5},
+        ]
+        ran = {} if self.mode == "auto" else {f"decode/{self.mode}": self.runs}
+        return {"modes": {"decode": self.mode}, "device_runs": ran, "forwards": forwards}
 
 
 @pytest.fixture
 def decoders(monkeypatch):
     known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
+    known["http://d"] = Decoder("auto")
     monkeypatch.setattr(bench_decode_rate, "Client", known.__getitem__)
     asked = bench_decode_rate.seconds_of
 
@@ -72,6 +78,12 @@ def test_prompts_differ_from_their_first_tokens_on():
 def test_a_mode_that_did_not_run_fails(decoders, monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path, "--tokens", "8", "--url", "native=http://a", "hisa=http://c") == 1
     assert "hisa: 0 runs on the device for" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_auto_may_decode_natively(decoders, monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, "--tokens", "8", "--url", "native=http://a", "auto=http://d") == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["forwards"]["auto"] == {"native (below_break_even)": 5}
 
 
 @pytest.mark.parametrize("urls", [["hisa=http://a"], ["http://a"], ["native=http://a", "native=http://a"]])
