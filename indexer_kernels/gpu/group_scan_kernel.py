@@ -1,9 +1,9 @@
 """TileLang body of group_rerank's scan: every visible token against all heads of each group's proxy, in fp8.
 
-It is the scan of `routed_scores_kernel`, persistent CTAs over shares of keys, a producer warp and warpgroups that take
-turns with the tensor cores, with another order of the columns: (four places, pair of heads, place, head of the pair).
-A quad of lanes holds 8 neighbouring columns of a product, two to a lane. So a lane has all heads of one place and key,
-their sum never leaves it, and its gates fit its registers, 64 of them for 64 heads as for 32.
+The keys come to their products as `key_scan_kernel` brings them, as in `routed_scores_kernel`, but the order of the
+columns is another: (four places, pair of heads, place, head of the pair). A quad of lanes holds 8 neighbouring columns
+of a product, two to a lane. So a lane has all heads of one place and key, their sum never leaves it, and its gates fit
+its registers, 64 of them for 64 heads as for 32.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Literal
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.key_scan_kernel import key_scan
 from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET, WARP_KEYS
 from indexer_kernels.row_plan import TILE_ROWS
@@ -19,10 +20,7 @@ from indexer_kernels.row_plan import TILE_ROWS
 COLUMNS = 256  # of the widest wgmma
 QUAD = 4  # lanes that share the columns of a product, and places whose bits for 8 keys make one word
 WORDS = TILE_ROWS // QUAD * 2  # of a cell of 16 keys and a tile
-STAGES = 4
 STAGE_PAGES = 2  # one for each consumer warpgroup
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
-TURN = 1  # the first of the named barriers that hand the tensor cores on; 0 is the CTA's own
 Form = Literal["scores", "mask"]
 
 
@@ -57,6 +55,49 @@ def group_scan_prim_func(num_heads: int, form: Form, num_sms: int):
     else:
         out_shape, out_type = (num_tiles * TILE_ROWS, out_stages * stage_keys), "float32"
 
+    scan = key_scan(COLUMNS, STAGE_PAGES, units, num_tiles, splits, num_sms)
+
+    @T.macro
+    def unit_pages(rows, tile_pages, quad: T.Ref, unit: T.Ref):
+        pages = T.alloc_var("int32")
+        quad = unit % units * quads
+        pages = tile_pages[unit // units]
+        if rows[unit // units * TILE_ROWS + quad // 2 * 8 + quad % 2] < 0:
+            pages = 0
+        return pages
+
+    @T.macro
+    def load_unit(gates, thresholds, gate, threshold, quad: T.Ref, unit: T.Ref):
+        for g, h, r, d in T.Parallel(quads, pairs, QUAD, 2):
+            gate[g, h, r, d] = gates[unit * quads + g, h, r, d] * PRODUCT_LIMIT
+        if form == "mask":
+            for g, r in T.Parallel(quads, QUAD):
+                threshold[g, r] = thresholds[unit // units * TILE_ROWS + (quad + g) // 2 * 8 + r * 2 + (quad + g) % 2]
+
+    @T.macro
+    def sum_up(gate, threshold, out, quad: T.Ref, unit: T.Ref, first: T.Ref, n, product, k_scale):
+        product5 = T.reshape(product, (stage_keys, quads, pairs, QUAD, 2))
+        # Two sums, of every second head: each addition waits for the one before it in its own sum.
+        sums = T.alloc_fragment((stage_keys, quads, QUAD, 2), "float32")
+        score = T.alloc_fragment((stage_keys, quads, QUAD), "float32")
+        T.clear(sums)
+        for h in T.unroll(pairs, explicit=True):
+            for i, g, r, d in T.Parallel(stage_keys, quads, QUAD, 2):
+                sums[i, g, r, d] = T.ieee_fmaf(relu_share(product5[i, g, h, r, d]), gate[g, h, r, d], sums[i, g, r, d])
+        T.reduce_sum(sums, score, dim=3)
+        if form == "mask":
+            for i, g, r in T.Parallel(stage_keys, quads, QUAD):
+                # Every lane of a warp holds, and writes, the same word.
+                out[unit // units, (first + n) * cells + i // WARP_KEYS, i // 8 % 2 * (WORDS // 2) + quad + g] = T.cast(
+                    T.ballot_sync(score[i, g, r] * k_scale[i] >= threshold[g, r]), "int32"
+                )
+        else:
+            for g, r, i in T.Parallel(quads, QUAD, stage_keys):
+                out[
+                    unit // units * TILE_ROWS + (quad + g) // 2 * 8 + r * 2 + (quad + g) % 2,
+                    (first + n) * stage_keys + i,
+                ] = score[i, g, r] * k_scale[i]
+
     @T.prim_func
     def group_scan(
         q: T.Tensor((num_units * COLUMNS, HEAD_DIM), FP8),
@@ -72,139 +113,20 @@ def group_scan_prim_func(num_heads: int, form: Form, num_sms: int):
         out: T.Tensor(out_shape, out_type),
     ):
         with T.Kernel(num_sms, threads=(STAGE_PAGES + 1) * 128) as sm:
-            q_shared = T.alloc_shared((COLUMNS, HEAD_DIM), FP8)
-            k_shared = T.alloc_shared((STAGES, stage_keys, HEAD_DIM), FP8)
-            product = T.alloc_fragment((stage_keys, COLUMNS), "float32")
-            product5 = T.reshape(product, (stage_keys, quads, pairs, QUAD, 2))
-            # Two sums, of every second head: each addition waits for the one before it in its own sum.
-            sums = T.alloc_fragment((stage_keys, quads, QUAD, 2), "float32")
-            score = T.alloc_fragment((stage_keys, quads, QUAD), "float32")
             gate = T.alloc_fragment((quads, pairs, QUAD, 2), "float32")
             threshold = T.alloc_fragment((quads, QUAD), "float32")
-            k_scale = T.alloc_fragment((stage_keys,), "float32")
-            full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([STAGE_PAGES * 128] * STAGES)
-            q_full, q_empty = T.alloc_barrier(1), T.alloc_barrier(STAGE_PAGES * 128)
-            produced, consumed = T.alloc_var("int32"), T.alloc_var("int32")
-            loaded, used = T.alloc_var("int32"), T.alloc_var("int32")
-            unit, quad, request = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
-            first, last, stages = T.alloc_var("int32"), T.alloc_var("int32"), T.alloc_var("int32")
-            pages, page = T.alloc_var("int32"), T.alloc_var("int32")
-            produced = 0
-            consumed = 0
-            loaded = 0
-            used = 0
-            thread = T.get_thread_binding()
-            if thread >= STAGE_PAGES * 128:
-                T.set_max_nreg(PRODUCER_REGISTERS, 0)
-                if thread < STAGE_PAGES * 128 + 32:
-                    for wave in T.serial(T.ceildiv(num_units * splits, num_sms)):
-                        if wave * num_sms + sm < num_units * splits:
-                            unit = (wave * num_sms + sm) // splits
-                            quad = unit % units * quads
-                            pages = tile_pages[unit // units]
-                            if rows[unit // units * TILE_ROWS + quad // 2 * 8 + quad % 2] < 0:
-                                pages = 0
-                            request = tile_request[unit // units]
-                            stages = T.ceildiv(pages, STAGE_PAGES)
-                            first = (wave * num_sms + sm) % splits * T.ceildiv(stages, splits)
-                            last = T.min(first + T.ceildiv(stages, splits), stages)
-                            if first < last:
-                                T.barrier_wait(q_empty, (loaded & 1) ^ 1)
-                                T.tma_copy(q[unit * COLUMNS, 0], q_shared, barrier=q_full, leader_scope_threads=32)
-                                if T.shuffle_elect(32):
-                                    T.barrier_arrive(q_full)
-                                loaded = loaded + 1
-                                for n in T.serial(last - first):
-                                    T.barrier_wait(empty[produced % STAGES], ((produced // STAGES) & 1) ^ 1)
-                                    for c in T.unroll(STAGE_PAGES, explicit=True):
-                                        # The table is garbage past the last page: read that page again instead.
-                                        page = page_table[request, T.min((first + n) * STAGE_PAGES + c, pages - 1)]
-                                        T.tma_copy(
-                                            keys[page * 66 : page * 66 + PAGE_TOKENS, 0:HEAD_DIM],
-                                            k_shared[
-                                                produced % STAGES, c * PAGE_TOKENS : (c + 1) * PAGE_TOKENS, 0:HEAD_DIM
-                                            ],
-                                            barrier=full[produced % STAGES],
-                                            leader_scope_threads=32,
-                                        )
-                                    if T.shuffle_elect(32):
-                                        T.barrier_arrive(full[produced % STAGES])
-                                    produced = produced + 1
-            else:
-                T.set_max_nreg(CONSUMER_REGISTERS, 1)
-                if thread >= (STAGE_PAGES - 1) * 128:
-                    # The last warpgroup gives the first one its first turn.
-                    T.named_barrier_arrive(TURN, 256)
-                for wave in T.serial(T.ceildiv(num_units * splits, num_sms)):
-                    if wave * num_sms + sm < num_units * splits:
-                        unit = (wave * num_sms + sm) // splits
-                        quad = unit % units * quads
-                        pages = tile_pages[unit // units]
-                        if rows[unit // units * TILE_ROWS + quad // 2 * 8 + quad % 2] < 0:
-                            pages = 0
-                        request = tile_request[unit // units]
-                        stages = T.ceildiv(pages, STAGE_PAGES)
-                        first = (wave * num_sms + sm) % splits * T.ceildiv(stages, splits)
-                        last = T.min(first + T.ceildiv(stages, splits), stages)
-                        if first < last:
-                            for g, h, r, d in T.Parallel(quads, pairs, QUAD, 2):
-                                gate[g, h, r, d] = gates[unit * quads + g, h, r, d] * PRODUCT_LIMIT
-                            if form == "mask":
-                                for g, r in T.Parallel(quads, QUAD):
-                                    threshold[g, r] = thresholds[
-                                        unit // units * TILE_ROWS + (quad + g) // 2 * 8 + r * 2 + (quad + g) % 2
-                                    ]
-                            T.barrier_wait(q_full, used & 1)
-                            page = page_table[request, T.min(first * STAGE_PAGES + thread // 128, pages - 1)]
-                            for n in T.serial(last - first):
-                                for i in T.Parallel(stage_keys):
-                                    k_scale[i] = scales[page * 33 + 32, i % PAGE_TOKENS]
-                                # The next page id travels while this page is multiplied.
-                                page = page_table[
-                                    request, T.min((first + n + 1) * STAGE_PAGES + thread // 128, pages - 1)
-                                ]
-                                T.barrier_wait(full[consumed % STAGES], (consumed // STAGES) & 1)
-                                T.sync_threads(thread // 128 + TURN, 256)
-                                T.wgmma_gemm(
-                                    k_shared[consumed % STAGES, :, :],
-                                    q_shared,
-                                    product,
-                                    transpose_B=True,
-                                    clear_accum=True,
-                                    policy=T.GemmWarpPolicy.FullRow,
-                                )
-                                # Its products are queued: the next warpgroup's follow, while this one's are summed up.
-                                T.named_barrier_arrive((thread // 128 + 1) % STAGE_PAGES + TURN, 256)
-                                T.wait_wgmma(0)
-                                T.warpgroup_fence_operand(product, num_regs=COLUMNS // 2)
-                                T.barrier_arrive(empty[consumed % STAGES])
-                                T.clear(sums)
-                                for h in T.unroll(pairs, explicit=True):
-                                    for i, g, r, d in T.Parallel(stage_keys, quads, QUAD, 2):
-                                        sums[i, g, r, d] = T.ieee_fmaf(
-                                            relu_share(product5[i, g, h, r, d]), gate[g, h, r, d], sums[i, g, r, d]
-                                        )
-                                T.reduce_sum(sums, score, dim=3)
-                                if form == "mask":
-                                    for i, g, r in T.Parallel(stage_keys, quads, QUAD):
-                                        # Every lane of a warp holds, and writes, the same word.
-                                        out[
-                                            unit // units,
-                                            (first + n) * cells + i // WARP_KEYS,
-                                            i // 8 % 2 * (WORDS // 2) + quad + g,
-                                        ] = T.cast(
-                                            T.ballot_sync(score[i, g, r] * k_scale[i] >= threshold[g, r]), "int32"
-                                        )
-                                else:
-                                    for g, r, i in T.Parallel(quads, QUAD, stage_keys):
-                                        out[
-                                            unit // units * TILE_ROWS + (quad + g) // 2 * 8 + r * 2 + (quad + g) % 2,
-                                            (first + n) * stage_keys + i,
-                                        ] = score[i, g, r] * k_scale[i]
-                                consumed = consumed + 1
-                            used = used + 1
-                            T.barrier_arrive(q_empty)
+            quad = T.alloc_var("int32")
+            scan(
+                sm,
+                q,
+                keys,
+                scales,
+                page_table,
+                tile_request,
+                functools.partial(unit_pages, rows, tile_pages, quad),
+                functools.partial(load_unit, gates, thresholds, gate, threshold, quad),
+                functools.partial(sum_up, gate, threshold, out, quad),
+            )
 
     return group_scan.with_attr("global_symbol", f"group_scan_{form}_h{num_heads}")
 
