@@ -116,9 +116,9 @@ class Case:
         """What the reference backend selects for the last `count` rows alone."""
         mode, params = ("misa_rerank", PAGES) if name == "misa_rerank_pages" else (name, PARAMS)
         plan = plan_extend([self.keys - count], [count], self.q[0].device)
-        tail = (tensor[0][-count:] for tensor in (self.q, self.weights))
+        q, weights = self.q[0][-count:], self.weights[0][-count:]
         return _sets(
-            select_rows(mode, *tail, self.pool, self.page_table, plan, params, backend="reference", output=output)
+            select_rows(mode, q, weights, self.pool, self.page_table, plan, params, backend="reference", output=output)
         )
 
     def agreement(self, name: str, count: int) -> Agreement:
