@@ -7,7 +7,8 @@ native is DeepGEMM's fp8_paged_mqa_logits over the whole page table and SGLang's
 once per forward; a mode is the update of the last pages' means and the selection, from q, gates and index pages to
 cache slots. The graphs hold `layers` layers, each with a cache of its own, as many as it takes for what a mode reads
 not to lie in L2 from one replay to the next. What is made once per forward is timed apart (`once_us`). Before anything
-is timed, modes must agree with the reference backend, and with native where the budget covers the context.
+is timed, modes must agree with the reference backend, and with native where the budget covers the context; what a
+timed graph has selected must agree with the reference backend for some of its rows, or nothing of it is kept.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from indexer_kernels.page_layout import PAGE_BYTES, PAGE_TOKENS, pack_pages
 from indexer_kernels.page_means import page_mean_buffer, update_page_means
 from indexer_kernels.row_plan import RowPlan, plan_decode
 from run_record import run_record
+from sglang_ext.cli.stage_time import timed
 from sglang_ext.sglang_hooks import sglang_top_k
 
 PARAMS = IndexerParams()
@@ -37,7 +39,7 @@ TAIL = 27  # tokens in the last page of a request
 CACHED_BYTES = 160 << 20  # more than twice the L2 of an H200
 LEAST_LAYERS, MOST_LAYERS = 8, 64
 POOL_BYTES = 40 << 30  # of all layers
-WAIT_CYCLES = 1_000_000  # some half a millisecond in which a replay is launched
+CHECKED_ROWS, LEAST_AGREEMENT = 8, 0.98  # of a timed case: the median row's share of the reference's tokens
 CHUNK_PAGES = 1 << 14  # pages made at once
 
 
@@ -45,38 +47,41 @@ class Layer:
     """One layer's cache, means and queries."""
 
     def __init__(self, pool: torch.Tensor, batch: int, heads: int, generator: torch.Generator) -> None:
+        device = pool.device
         self.pool = pool
-        self.means = page_mean_buffer(len(pool), "cuda")
-        self.q = torch.randn(batch, heads, 128, generator=generator, device="cuda").to(torch.float8_e4m3fn)
-        self.weights = torch.randn(batch, heads, generator=generator, device="cuda") * 0.1
-        self.out = torch.empty((batch, PARAMS.top_k), dtype=torch.int32, device="cuda")
+        self.means = page_mean_buffer(len(pool), device)
+        self.q = torch.randn(batch, heads, 128, generator=generator, device=device).to(torch.float8_e4m3fn)
+        self.weights = torch.randn(batch, heads, generator=generator, device=device) * 0.1
+        self.out = torch.empty((batch, PARAMS.top_k), dtype=torch.int32, device=device)
 
 
 class Case:
-    """Requests of one length in shuffled pages, and what a forward knows of them."""
+    """Requests of one length in shuffled pages, and what a forward knows of them. On a CPU only references run."""
 
-    def __init__(self, batch: int, context: int, heads: int, layers: int | None = None, seed: int = 1) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
+    def __init__(
+        self, batch: int, context: int, heads: int, layers: int | None = None, seed: int = 1, device: str = "cuda"
+    ) -> None:
+        generator = torch.Generator(device=device).manual_seed(seed)
         pages = -(-context // PAGE_TOKENS)
         read = batch * (pages * 256 + min(PARAMS.top_blocks * PARAMS.block_size // PAGE_TOKENS, pages) * PAGE_BYTES)
         fitting = POOL_BYTES // (batch * pages * PAGE_BYTES)
         self.num_layers = layers or max(2, min(MOST_LAYERS, fitting, max(LEAST_LAYERS, -(-CACHED_BYTES // read))))
-        order = torch.randperm(batch * pages, generator=generator, device="cuda", dtype=torch.int32)
+        order = torch.randperm(batch * pages, generator=generator, device=device, dtype=torch.int32)
         # Past a request's end SGLang's tables are stale: any page.
         self.table = torch.randint(
-            batch * pages, (batch, TABLE_PAGES), generator=generator, device="cuda", dtype=torch.int32
+            batch * pages, (batch, TABLE_PAGES), generator=generator, device=device, dtype=torch.int32
         )
         self.table[:, :pages] = order.view(batch, pages)
-        self.lengths = torch.full((batch,), (pages - 1) * PAGE_TOKENS + TAIL, dtype=torch.int32, device="cuda")
-        pool = torch.empty((batch * pages, PAGE_BYTES), dtype=torch.uint8, device="cuda")
+        self.lengths = torch.full((batch,), (pages - 1) * PAGE_TOKENS + TAIL, dtype=torch.int32, device=device)
+        pool = torch.empty((batch * pages, PAGE_BYTES), dtype=torch.uint8, device=device)
         for some in pool.split(CHUNK_PAGES):
-            keys = torch.randn(len(some) * PAGE_TOKENS, 128, generator=generator, device="cuda")
-            scales = torch.rand(len(keys), generator=generator, device="cuda") + 0.5
+            keys = torch.randn(len(some) * PAGE_TOKENS, 128, generator=generator, device=device)
+            scales = torch.rand(len(keys), generator=generator, device=device) + 0.5
             some.copy_(pack_pages(keys.to(torch.float8_e4m3fn), scales))
         pools = [pool] + [pool.clone() for _ in range(self.num_layers - 1)]
         self.layers = [Layer(one, batch, heads, generator) for one in pools]
         for layer in self.layers:
-            update_page_means(layer.pool, self.table, self.lengths, layer.means, backend="gpu")
+            update_page_means(layer.pool, self.table, self.lengths, layer.means, backend="auto")
         self.plan = plan_decode(self.lengths, TABLE_PAGES)
 
     def native_once(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,6 +126,27 @@ class Case:
                 page_means=layer.means,
                 update_means=True,
             )
+
+    def selected(self, rows: int) -> list[set[int]]:
+        """What the call that ran last has selected for the first rows of the first layer."""
+        return [set(row) for row in self.layers[0].out[:rows].tolist()]
+
+    def expected(self, mode: str, rows: int) -> list[set[int]]:
+        """The reference backend's selection for the same rows, from the means that the graphs have kept."""
+        layer, lengths = self.layers[0], self.lengths[:rows]
+        out = select_rows(
+            mode,
+            layer.q[:rows],
+            layer.weights[:rows],
+            layer.pool,
+            self.table[:rows],
+            plan_decode(lengths, TABLE_PAGES),
+            PARAMS,
+            backend="reference",
+            output="slot",
+            page_means=layer.means if mode != "native" else None,
+        )
+        return [set(row) for row in out.tolist()]
 
 
 def _schedule(context: torch.Tensor) -> torch.Tensor:
@@ -174,10 +200,15 @@ def agreement(mode: str, heads: int) -> dict[str, float]:
                 case.native(case.native_once())
             else:
                 case.mode(mode, case.plan, backend)
-            found.append([set(row) for row in case.layers[0].out.tolist()])
-        rows = [len(mine & want) / len(want) for mine, want in zip(*found)]
+            found.append(case.selected(len(case.lengths)))
+        rows = shares_of(*found)
         shares |= {f"{name}_mean": statistics.mean(rows), f"{name}_least": min(rows)}
     return shares
+
+
+def shares_of(got: list[set[int]], want: list[set[int]]) -> list[float]:
+    """Row by row, the share of the wanted tokens that were selected."""
+    return [len(mine & wanted) / len(wanted) for mine, wanted in zip(got, want)]
 
 
 def enough(shares: dict[str, float]) -> bool:
@@ -205,17 +236,19 @@ def measure(batch: int, context: int, heads: int, modes: list[str], rounds: int)
         kept = case.plan.for_one_forward()
         graphs[mode, "layers"] = captured(functools.partial(case.mode, mode, kept))
         graphs[mode, "all"] = captured(functools.partial(case.whole_forward, mode))
+    agreed: dict[str, float] = {}
+    for (mode, part), graph in graphs.items():
+        if part == "layers":
+            graph.replay()
+            agreed[mode] = statistics.median(shares_of(case.selected(CHECKED_ROWS), case.expected(mode, CHECKED_ROWS)))
+            if agreed[mode] < LEAST_AGREEMENT:
+                raise RuntimeError(f"{mode}, batch {batch}, context {context}: {agreed[mode]:.4f} of the reference's")
     times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
     for step in range(rounds + 3):
         for key, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(WAIT_CYCLES)
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
+            spent = timed(graph.replay)
             if step >= 3:
-                times[key].append(1e3 * begin.elapsed_time(end))
+                times[key].append(1e3 * spent.device)
     per_layer = {name: [t / case.num_layers for t in times[name, "layers"]] for name in ("native", *modes)}
     native = statistics.median(per_layer["native"])
     return [
@@ -231,6 +264,7 @@ def measure(batch: int, context: int, heads: int, modes: list[str], rounds: int)
             "us_max": max(values),
             "once_us": statistics.median(times[name, "all"]) - statistics.median(times[name, "layers"]),
             "times_native": native / statistics.median(values),
+            "agreement": agreed[name],
         }
         for name, values in per_layer.items()
     ]

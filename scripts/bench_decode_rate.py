@@ -4,11 +4,12 @@
                                         --out rate.json [--batch 32] [--context 65536] [--tokens 192] [--repeats 3]
                                         [--prepare]
 
-Every server is given the same prompts, whose keys stay in its prefix cache (--prepare fills it and measures nothing).
-A measurement asks all prompts at once for --tokens tokens, then for a quarter as many; the difference is decoding at
-the full batch, without prefill and without the start. Servers take turns; medians. A server must decode in the mode of
-its name, and unless that is `native` or `auto` its device counter must rise by the steps taken. `auto` at a batch below
-its break-even shows what keeping block statistics costs native decode.
+Every server is given the same prompts, whose keys stay in its prefix cache: a measurement in which they were not there
+fails. (--prepare fills the caches and measures nothing.) A measurement asks all prompts at once for --tokens tokens,
+then for a quarter as many; the difference is decoding at the full batch, without prefill and without the start. Servers
+take turns; medians. A server must decode in the mode of its name, and unless that is `native` or `auto` its device
+counter must rise by the steps taken, and by few more: more mean that the batch was not decoded at once. `auto` at a
+batch below its break-even shows what keeping block statistics costs native decode.
 """
 
 import argparse
@@ -20,8 +21,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from indexer_kernels.page_layout import PAGE_TOKENS
 from openai_client import Client
 from run_record import run_record
+
+MOST_STEPS = 1.25  # device runs for each step asked for: requests of a batch do not begin in the same step
 
 
 def prompts_of(batch: int, context: int) -> list[list[int]]:
@@ -29,15 +33,26 @@ def prompts_of(batch: int, context: int) -> list[list[int]]:
     return [[random.Random(seed).randrange(2, 4000) for _ in range(context)] for seed in range(batch)]
 
 
-def seconds_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
-    """Until every prompt has its tokens."""
+def seconds_of(server: Client, prompts: list[list[int]], tokens: int, cached: bool = True) -> float:
+    """Until every prompt has its tokens. RuntimeError where they did not come, or where prompts were not `cached`."""
+
+    def ask(ids: list[int]) -> dict:
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        return server.call("/generate", {"input_ids": ids, "sampling_params": sampling})
+
     with ThreadPoolExecutor(len(prompts)) as pool:
         began = time.perf_counter()
-        answers = list(pool.map(lambda ids: server.generate(ids, tokens), prompts))
+        replies = list(pool.map(ask, prompts))
         seconds = time.perf_counter() - began
-    short = [len(answer) for answer in answers if len(answer) != tokens]
+    short = [len(reply["output_ids"]) for reply in replies if len(reply["output_ids"]) != tokens]
     if short:
         raise RuntimeError(f"{server.url}: answers of {short} tokens where {tokens} were asked")
+    computed = [len(ids) - reply["meta_info"]["cached_tokens"] for ids, reply in zip(prompts, replies)]
+    if cached and max(computed) > PAGE_TOKENS:  # the last page is computed anew
+        raise RuntimeError(
+            f"{server.url}: {max(computed)} tokens of a prompt were not in the prefix cache: the server needs room for "
+            f"--batch times --context tokens and their answers (--max-total-tokens)"
+        )
     return seconds
 
 
@@ -75,8 +90,10 @@ def named_servers(urls: list[str]) -> dict[str, Client]:
 
 
 def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Rates of each server, which take turns. RuntimeError where a mode did not run in every step."""
+    """Rates of each server, which take turns. RuntimeError where a mode did not run in every step, or in far more."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
+    for server in servers.values():
+        seconds_of(server, prompts, 1, cached=False)
     for _ in range(repeats):
         for name, server in servers.items():
             before = decode_runs(server, name)
@@ -84,6 +101,8 @@ def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, r
             ran, steps = decode_runs(server, name) - before, tokens - 1 + tokens // 4 - 1
             if name not in ("native", "auto") and ran < steps:
                 raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
+            if ran > MOST_STEPS * steps + len(prompts):
+                raise RuntimeError(f"{name}: {ran} runs for {steps} decode steps: the batch was not decoded at once")
     return rates
 
 
@@ -104,7 +123,7 @@ def main() -> int:
         prompts = prompts_of(args.batch, args.context)
         if args.prepare:
             for name, server in servers.items():
-                print(f"{name}: {seconds_of(server, prompts, 1):.1f} s to fill its cache", flush=True)
+                print(f"{name}: {seconds_of(server, prompts, 1, cached=False):.1f} s to fill its cache", flush=True)
             return 0
         rates = measure(servers, prompts, args.tokens, args.repeats)
     except (ConnectionError, RuntimeError, ValueError) as error:

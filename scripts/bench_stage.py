@@ -7,8 +7,9 @@
 native is DeepGEMM's fp8_mqa_logits followed by SGLang's ragged top-k (without the key gather SGLang also runs); a
 mode is everything from q, gates and index pages to cache slots. misa_rerank keeps single tokens as candidates,
 misa_rerank_pages whole pages. The rows are the last ones of a prompt of KEYS tokens. Times are the device's, with
-launches queued ahead; the host's time to launch is given beside them. Before anything is timed, each mode must agree
-with the reference backend on a small case. Needs an sm_90 GPU and SGLang.
+launches queued ahead; the host's time to launch is given beside them. Keys and queries are independent random numbers.
+Before anything is timed, each mode must agree with the reference backend on a small case, and afterwards in the last
+rows of every timed one, or nothing of that case is kept. Needs an sm_90 GPU and SGLang.
 """
 
 import argparse
@@ -34,29 +35,57 @@ PAGES = IndexerParams(candidate_unit="page")
 MODES = ("misa", "misa_rerank", "misa_rerank_pages", "hisa", "group_rerank")
 RERANKING = ("misa_rerank", "misa_rerank_pages", "group_rerank")  # the gpu backend may find more of native's tokens
 INPUT_SETS = 2  # rotated, so that a repetition does not find its queries in L2
+CHECKED_ROWS, LEAST_AGREEMENT = 16, 0.99  # last rows of a timed case: the median row's share of the reference's tokens
+
+
+class Agreement(NamedTuple):
+    """Share of the reference selection that the gpu backend finds, over rows: median and mean.
+
+    Of a re-ranking mode, of native's tokens in it: more candidates only push out what native does not select.
+    """
+
+    median: float
+    mean: float
+
+    @classmethod
+    def of(cls, got: list[set[int]], wanted: list[set[int]], native: list[set[int]] | None) -> "Agreement":
+        """native: its selection, where only those of its tokens count that `wanted` holds."""
+        if native is not None:
+            wanted = [want & row for want, row in zip(wanted, native)]
+        shares = [len(mine & want) / len(want) for mine, want in zip(got, wanted) if want]
+        return cls(statistics.median(shares), statistics.mean(shares))
+
+    @property
+    def enough(self) -> bool:
+        """In noise, heads are nearly alike: where two change places by rounding, a row's routed selection is another.
+
+        So a few rows may differ, but half of them must agree up to ties at the boundary.
+        """
+        return self.median >= 0.998 and self.mean >= 0.98
 
 
 class Case:
     """One prompt's keys in shuffled pages, and the queries of its last rows."""
 
-    def __init__(self, rows: int, keys: int, heads: int, seed: int) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
+    def __init__(self, rows: int, keys: int, heads: int, seed: int, device: str = "cuda") -> None:
+        generator = torch.Generator(device=device).manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device="cuda")
+            return torch.randn(*shape, generator=generator, device=device)
 
+        self.keys = keys
         self.k = normal(keys, 128).to(torch.float8_e4m3fn)
-        self.k_scale = torch.rand(keys, generator=generator, device="cuda") + 0.5
+        self.k_scale = torch.rand(keys, generator=generator, device=device) + 0.5
         self.q = [normal(rows, heads, 128).to(torch.float8_e4m3fn) for _ in range(INPUT_SETS)]
         self.weights = [normal(rows, heads) * 0.1 for _ in range(INPUT_SETS)]
         pages = pack_pages(self.k, self.k_scale)
-        order = torch.randperm(len(pages), generator=generator, device="cuda")
+        order = torch.randperm(len(pages), generator=generator, device=device)
         self.pool = torch.empty_like(pages)
         self.pool[order] = pages
         self.page_table = order.to(torch.int32)[None]
-        self.plan: RowPlan = plan_extend([keys - rows], [rows], "cuda")
-        self.ks = torch.zeros(rows, dtype=torch.int32, device="cuda")
-        self.out = torch.empty((rows, 2048), dtype=torch.int32, device="cuda")
+        self.plan: RowPlan = plan_extend([keys - rows], [rows], device)
+        self.ks = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.out = torch.empty((rows, 2048), dtype=torch.int32, device=device)
 
     def native(self, turn: int) -> None:
         logits = deep_gemm.fp8_mqa_logits(
@@ -83,23 +112,28 @@ class Case:
             out=self.out,
         )
 
+    def expected(self, name: str, count: int, output: str) -> list[set[int]]:
+        """What the reference backend selects for the last `count` rows alone."""
+        mode, params = ("misa_rerank", PAGES) if name == "misa_rerank_pages" else (name, PARAMS)
+        plan = plan_extend([self.keys - count], [count], self.q[0].device)
+        q, weights = self.q[0][-count:], self.weights[0][-count:]
+        return _sets(
+            select_rows(mode, q, weights, self.pool, self.page_table, plan, params, backend="reference", output=output)
+        )
 
-class Agreement(NamedTuple):
-    """Share of the reference selection that the gpu backend finds, over rows: median and mean.
+    def agreement(self, name: str, count: int) -> Agreement:
+        """Of the last `count` rows of a timed call: what it selects among all rows, against the reference for these."""
+        count = min(count, len(self.out))
+        if name == "native":
+            self.native(0)  # without an offset its ragged indices are positions
+            return Agreement.of(_sets(self.out[-count:]), self.expected(name, count, "position"), None)
+        got = _sets(self.mode(name, 0)[-count:])
+        native = self.expected("native", count, "slot") if name in RERANKING else None
+        return Agreement.of(got, self.expected(name, count, "slot"), native)
 
-    Of a re-ranking mode, of native's tokens in it: more candidates only push out what native does not select.
-    """
 
-    median: float
-    mean: float
-
-    @property
-    def enough(self) -> bool:
-        """In noise, heads are nearly alike: where two change places by rounding, a row's routed selection is another.
-
-        So a few rows may differ, but half of them must agree up to ties at the boundary.
-        """
-        return self.median >= 0.998 and self.mean >= 0.98
+def _sets(selected: torch.Tensor) -> list[set[int]]:
+    return [set(row) for row in selected.tolist()]
 
 
 def agreement(name: str, heads: int) -> Agreement:
@@ -107,13 +141,10 @@ def agreement(name: str, heads: int) -> Agreement:
     case = Case(96, 20000, heads, seed=1)
 
     def rows(mode: str, backend: str) -> list[set[int]]:
-        return [set(row) for row in case.mode(mode, 0, backend, output="position").tolist()]
+        return _sets(case.mode(mode, 0, backend, output="position"))
 
-    got, wanted = rows(name, "gpu"), rows(name, "reference")
-    if name in RERANKING:
-        wanted = [want & native for want, native in zip(wanted, rows("native", "reference"))]
-    shares = [len(mine & want) / len(want) for mine, want in zip(got, wanted)]
-    return Agreement(statistics.median(shares), statistics.mean(shares))
+    native = rows("native", "reference") if name in RERANKING else None
+    return Agreement.of(rows(name, "gpu"), rows(name, "reference"), native)
 
 
 def scratch_gib(work: Callable[[], object]) -> float:
@@ -135,6 +166,9 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
             spent = timed(functools.partial(run, step % INPUT_SETS))
             if step >= 3:
                 timings[name].append(spent)
+    agreed = {name: case.agreement(name, CHECKED_ROWS) for name in work}
+    if wrong := {name: found for name, found in agreed.items() if found.median < LEAST_AGREEMENT}:
+        raise RuntimeError(f"{heads} heads, {rows} rows, {keys} keys: other tokens than the reference's: {wrong}")
     times = {name: [spent.device for spent in of_mode] for name, of_mode in timings.items()}
     native = statistics.median(times["native"])
     return [
@@ -149,6 +183,7 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
             "times_native": native / statistics.median(values),
             "launch_ms": statistics.median(spent.launch for spent in timings[name]),
             "scratch_gib": scratch_gib(functools.partial(work[name], 0)),
+            "agreement": agreed[name].median,
         }
         for name, values in times.items()
     ]

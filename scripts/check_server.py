@@ -1,7 +1,8 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
     python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets eagle_native eagle
-                                   layers] [--repeats 5] [--port 30000] [further arguments of sglang.launch_server]
+                                   layers answers answers_decode] [--repeats 5] [--port 30000]
+                                   [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
 may run side by side in several calls with ports of their own; time to first token means something only alone.
@@ -16,34 +17,39 @@ may run side by side in several calls with ports of their own; time to first tok
     eagle         the same with decode_mode=hisa, answers against eagle_native's within the budget
     layers        a settings file with a mode of its own for each of four layers: each ran it, answers against the
     `modes` server's native ones within the budget
-A mode whose counters do not show it fails the run. Needs an sm_90 GPU and SGLang.
+    answers       the small trained model of the repository, needle prompts: what `modes` checks of answers, where they
+    show what was selected
+    answers_decode  decode_mode=hisa under CUDA graphs on the same model: it names the needles within its budget
+With dummy weights an answer follows from the last token alone: equal answers show that nothing crashed or became NaN,
+not that the right tokens were selected. `answers_tell` in a record says whether they do. A mode whose counters do not
+show it fails the run. Needs an sm_90 GPU and SGLang.
 """
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run_record import run_record
+from needle_checks import SMALL_MODEL, check_answers, check_needle_decode
 from selection_sets import selected_sets, shares
+from server_checks import MODES, NEW_TOKENS, Check, check_integrity, check_modes, prompt, runs
 from server_process import Server, launch
 from tiny_model import write_model
 
-MODES = ("native", "misa", "misa_rerank", "hisa", "group_rerank")
 TIMED = (*MODES, "auto")  # auto: native below its break-even, at no cost
 WITHIN_BUDGET = (200, 2500, 7000)
 LONG = (20000, 33000)
 CONTEXTS = (32768, 65536, 131072)
-NEW_TOKENS = 8
 EAGLE = [
     "--speculative-algorithm=EAGLE", "--speculative-num-steps=3", "--speculative-eagle-topk=1",
     "--speculative-num-draft-tokens=4",
 ]  # fmt: skip
-SCENARIOS = ("modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers")
+SCENARIOS = (
+    "modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers", "answers", "answers_decode",
+)  # fmt: skip
 # Budgets hold WITHIN_BUDGET; the file's modes run from the first token on.
 LAYERS_FILE = {
     "format": 1,
@@ -61,63 +67,14 @@ LAYERS_FILE = {
 SET_PROMPTS = (3000, 18000)  # within every budget, and so far beyond that re-ranking prunes
 
 
-class Check:
-    """Collects outcomes of one scenario; a failed one is printed at once and fails the run at the end."""
-
-    def __init__(self, name: str) -> None:
-        self.record: dict = {"scenario": name, "run": run_record(), "failures": []}
-
-    def expect(self, holds: bool, what: str) -> None:
-        print(f"  {'ok  ' if holds else 'FAIL'} {what}", flush=True)
-        if not holds:
-            self.record["failures"].append(what)
-
-
-def prompt(num_tokens: int, seed: int) -> list[int]:
-    """Token ids that no other seed shares a page with."""
-    letters = random.Random(seed)
-    return [letters.randrange(2, 4000) for _ in range(num_tokens)]
-
-
-def runs(server: Server, key: str) -> int:
-    return server.status()["device_runs"].get(key, 0)
-
-
-def check_modes(server: Server, check: Check, modes: tuple[str, ...]) -> None:
-    """Each prefill mode: it runs, answers like native within the budget, and the same alone, cached and concurrent."""
-    short = [prompt(n, seed=n) for n in WITHIN_BUDGET]
-    long = [prompt(n, seed=n) for n in LONG]
-    record: dict = check.record.setdefault("answers", {})
-    for mode in modes:
-        server.switch_prefill(mode)
-        before = runs(server, f"prefill/{mode}")
-        alone = []
-        for ids in short + long:
-            server.flush()
-            alone.append(server.generate(ids, NEW_TOKENS))
-        record[mode] = {"alone": alone}
-        if mode != "native":
-            check.expect(runs(server, f"prefill/{mode}") > before, f"{mode}: the device ran it")
-            same = alone[: len(short)] == record["native"]["alone"][: len(short)]
-            check.expect(same, f"{mode}: native's answers to prompts of {WITHIN_BUDGET} tokens")
-            agree = sum(a == b for a, b in zip(alone, record["native"]["alone"]))
-            record[mode]["agrees_with_native"] = f"{agree} of {len(alone)}"
-        again = [server.generate(ids, NEW_TOKENS) for ids in long[-1:]]  # its pages are still cached
-        server.flush()
-        with ThreadPoolExecutor(len(alone)) as pool:
-            together = list(pool.map(lambda ids: server.generate(ids, NEW_TOKENS), short + long))
-        record[mode] |= {"cached": again, "together": together}
-        check.expect(again == alone[-1:], f"{mode}: the same answer from the cache")
-        equal = sum(a == b for a, b in zip(alone, together))
-        record[mode]["together_equal"] = f"{equal} of {len(alone)}"
-        check.expect(equal == len(alone), f"{mode}: {equal} of {len(alone)} answers the same when served together")
-    distinct = {tuple(answer) for answer in record["native"]["alone"]}
-    check.expect(len(distinct) == len(short + long), "answers differ from prompt to prompt")
+def dummy_prompts() -> tuple[list[list[int]], list[list[int]]]:
+    return [prompt(n, seed=n) for n in WITHIN_BUDGET], [prompt(n, seed=n) for n in LONG]
 
 
 def measure_ttft(server: Server, check: Check, repeats: int) -> None:
     """Seconds to the first token, modes interleaved, fresh prompts: medians per context and mode."""
     times: dict[str, dict[str, list[float]]] = {str(n): {mode: [] for mode in TIMED} for n in CONTEXTS}
+    before = {mode: runs(server, f"prefill/{mode}") for mode in MODES}
     seed = 10**6
     for context in CONTEXTS:
         for turn in range(repeats + 1):
@@ -130,19 +87,15 @@ def measure_ttft(server: Server, check: Check, repeats: int) -> None:
                 if turn:  # the first turn builds what is built lazily
                     times[str(context)][mode].append(time.perf_counter() - began)
     check.record["ttft_s"] = times
+    ran = {mode: runs(server, f"prefill/{mode}") - before[mode] for mode in MODES}
+    check.record["ttft_device_runs"] = ran
+    prompts = (repeats + 1) * len(CONTEXTS)
+    for mode in MODES[1:]:
+        check.expect(ran[mode] >= prompts, f"{mode}: {ran[mode]} runs on the device for {prompts} timed prompts")
     for shown_context, by_mode in times.items():
         medians = {mode: statistics.median(values) for mode, values in by_mode.items()}
         shown = "  ".join(f"{m} {v:.3f} s ({medians['native'] / v:.2f}x)" for m, v in medians.items())
         print(f"  ttft {shown_context:>6}: {shown}", flush=True)
-
-
-def check_integrity(server: Server, check: Check) -> None:
-    """The stored block statistics that were compared with the keys, and how many were wrong."""
-    status = server.status()
-    checked, wrong = status["integrity_checked"], status["integrity_mismatches"]
-    check.record["integrity"] = {"checked": checked, "mismatches": wrong}
-    check.expect(checked > 0, f"{checked} stored block means compared with their keys")
-    check.expect(wrong == 0, f"{wrong} of them differ")
 
 
 def check_drafts(server: Server, check: Check, mode: str) -> None:
@@ -257,15 +210,24 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             {},
         ),
     }
+    options["answers"] = options["modes"]
+    options["answers_decode"] = options["decode_graph"]
     (out / "layers_settings.json").write_text(json.dumps(LAYERS_FILE, indent=1))
     settings, extra, environ = options[name]
     print(f"{name}: {settings} {' '.join(extra)}", flush=True)
     extra = [*extra, *arguments]
-    with launch(model, out / f"{name}.log", {**settings, "strict": "1"}, extra, environ, port) as server:
+    dummy = not name.startswith("answers")
+    model = model if dummy else SMALL_MODEL
+    check.record["model"] = json.loads((model / "config.json").read_text()) | {"dummy_weights": dummy}
+    with launch(model, out / f"{name}.log", {**settings, "strict": "1"}, extra, environ, port, dummy) as server:
         check.record["start_s"] = server.start_s
         if name == "modes":
-            check_modes(server, check, MODES)
+            check_modes(server, check, MODES, *dummy_prompts())
             measure_ttft(server, check, repeats)
+        elif name == "answers":
+            check_answers(server, check, MODES)
+        elif name == "answers_decode":
+            check_needle_decode(server, check)
         elif name == "decode_graph":
             check_decode(server, check, graph=True)
         elif name.startswith("eagle"):
@@ -275,7 +237,7 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
         elif name == "layers":
             check_layers(server, check)
         else:
-            check_modes(server, check, ("native", "misa_rerank", "hisa"))
+            check_modes(server, check, ("native", "misa_rerank", "hisa"), *dummy_prompts())
             if name == "paged":
                 server.switch_prefill("native")
                 check_decode(server, check, graph=False)
@@ -296,12 +258,16 @@ def compare_decode(out: Path) -> list[str]:
         ("eagle", "decode_answers", "eagle_native", lambda record: record["decode_answers"]),
     ):
         paths = [out / f"{name}.json", out / f"{native}.json"]
-        if not all(path.is_file() for path in paths):
+        if not paths[0].is_file():
+            continue
+        if not paths[1].is_file():
+            print(f"  ---- {name}: not compared with native, {paths[1]} is missing: run --scenarios {native} too")
             continue
         decode, other = (json.loads(path.read_text()) for path in paths)
         want = answers_of(other)[: len(WITHIN_BUDGET)]
         got = decode[answers][: len(WITHIN_BUDGET)]
         decode["equals_native_within_budget"] = got == want
+        decode["answers_tell"] = other.get("answers_tell", False)
         paths[0].write_text(json.dumps(decode, indent=1))
         print(f"  {'ok  ' if got == want else 'FAIL'} {name}: native's answers to prompts of {WITHIN_BUDGET} tokens")
         differing += [] if got == want else [f"{name}: other answers than native's within the budget"]

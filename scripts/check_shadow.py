@@ -136,6 +136,8 @@ def run(args: argparse.Namespace, server_arguments: Sequence[str]) -> int:
     lines = compare(shadow, spread, args.mode, params, "auto")
     print(format_table(lines, args.tolerance))
     failed = [line.layer for line in lines if abs(line.difference) > args.tolerance]
+    if errors := status["shadow"]["forwards"].get("prefill/error", 0):
+        raise RuntimeError(f"shadow sampling met an error in {errors} forwards, and stopped: see {log}")
     record = {"run": run_record(), "mode": args.mode, "shadow": status["shadow"], "failed": failed}
     (args.out / "shadow.json").write_text(json.dumps(record | {"lines": [asdict(line) for line in lines]}, indent=1))
     return 1 if failed else 0

@@ -94,17 +94,19 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run all jobs in all modes of the flags of `add_arguments` and write OUT/NAME.json; (cells, modes).
 
-    settings: what a rerun must share, besides the model, the tokenizer and the server's own settings, to go on.
+    settings: what a rerun must share, besides commit, model, tokenizer and the server's own settings, to go on.
     """
     check_at_least_one(concurrency=args.concurrency)
     status = client.plugin_status()
     modes = list(dict.fromkeys(args.modes or [NO_PLUGIN if status is None else status["modes"]["prefill"]]))
-    shared = {"model": client.model, "tokenizer": args.tokenizer, "plugin": comparable(status), **settings}
+    run = run_record()
+    shared = {"commit": run["commit"], "model": client.model, "tokenizer": args.tokenizer}
+    shared |= {"plugin": comparable(status), **settings}
     results = ResultsFile(args.out / "samples.jsonl", shared)
     run_modes(client, modes, jobs, results, args.concurrency)
     finished = [results.samples[mode, job.key] for mode in modes for job in jobs]
     cells = cell_means(finished)
-    record = {"run": run_record(), "settings": shared, "skipped": skipped, "cells": cells, "counters": results.counters}
+    record = {"run": run, "settings": shared, "skipped": skipped, "cells": cells, "counters": results.counters}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1))
     return cells, modes
 

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -173,6 +174,14 @@ def traces_of(args: argparse.Namespace) -> list[Trace]:
     return [kept for path in paths for trace in load_traces(path) if (kept := keep(trace)) is not None]
 
 
+def read_files(args: argparse.Namespace) -> dict[str, str]:
+    """What `traces_of` read, or with --url the prompts: {file name: CRC-32}, so that a record names its data."""
+    embedded = embedded_traces()
+    paths = [args.prompts] if args.url else args.traces or ([embedded] if embedded else [])
+    files = [file for path in paths for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+    return {file.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in files}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -214,7 +223,8 @@ def run(args: argparse.Namespace) -> None:
     if lost:
         print(f"not measured, no row has its whole group in a trace: {', '.join(lost)}")
     if args.json:
-        record = {"run": run_record(), "note": note, "swept": swept, "lines": [asdict(line) for line in lines]}
+        record: dict[str, Any] = {"run": run_record(), "note": note, "files": read_files(args), "swept": swept}
+        record["lines"] = [asdict(line) for line in lines]
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         write_plot(args.plot, lines, swept, note)

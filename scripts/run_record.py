@@ -26,15 +26,18 @@ def run_record() -> dict:
 
 
 def git_commit() -> str | None:
-    """HEAD, with `+` where tracked files differ from it; None outside a repository."""
+    """HEAD of these scripts' repository, whatever the working directory is, with `+` where tracked files differ from
+    it; None outside a repository.
+    """
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        head, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed.strip() else "")
+    return head + ("+" if changed else "")
 
 
 def gpu_name() -> str | None:

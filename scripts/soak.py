@@ -6,8 +6,8 @@
 Multi-turn conversations, cancelled requests, prompts of 1 to --max-tokens tokens, --concurrency at once; a server with
 a small pool of keys retracts requests as well. Each run is added to OUT, whose `seconds` are those of all runs in all.
 Fails where a request fails or stays in the server; where the plugin's counters show a mismatch, nothing compared, or a
-mode refused; where the decode mode that the server was started with did not run; and where the GPU's memory grew after
-the first quarter.
+mode refused; where a mode that the server was started with did not run, or shadow sampling met an error; and where the
+GPU's memory grew after the first quarter.
 """
 
 import argparse
@@ -83,6 +83,12 @@ def growth_mib(samples: list[tuple[float, int]]) -> int | None:
     return max(used for _, used in samples[first:]) - max(used for _, used in samples[:first])
 
 
+def shadow_errors(status: dict[str, Any]) -> int:
+    """Forwards in which shadow sampling met an error, after which it measures nothing any more."""
+    forwards = (status.get("shadow") or {}).get("forwards", {})
+    return sum(count for name, count in forwards.items() if name.endswith("/error"))
+
+
 def failures_of(
     totals: Totals, before: dict[str, Any], after: dict[str, Any], growth: int | None, args: argparse.Namespace
 ) -> list[str]:
@@ -101,10 +107,12 @@ def failures_of(
         )
     if after["refused"]:
         failures.append(f"SGLang's own indexer served: {'; '.join(after['refused'])}")
-    decode = after["modes"]["decode"]
-    ran = after["device_runs"].get(f"decode/{decode}", 0) - before["device_runs"].get(f"decode/{decode}", 0)
-    if decode not in ("native", "auto") and not ran:
-        failures.append(f"decode mode {decode} did not run")
+    for phase, mode in after["modes"].items():
+        ran = after["device_runs"].get(f"{phase}/{mode}", 0) - before["device_runs"].get(f"{phase}/{mode}", 0)
+        if mode not in ("native", "auto") and not ran:
+            failures.append(f"{phase} mode {mode} did not run")
+    if (errors := shadow_errors(after) - shadow_errors(before)) > 0:
+        failures.append(f"shadow sampling met an error {errors} times: see the server's log")
     if growth is None and not args.no_memory:
         failures.append("the GPU's memory was not measured: run beside the server (or --no-memory)")
     if growth is not None and growth > args.memory_slack_mib:

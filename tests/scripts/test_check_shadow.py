@@ -87,8 +87,8 @@ def test_the_last_rows_of_a_trace_are_left_out():
 class FakeServer:
     """Serves what was captured; /metrics is one look behind /server_info."""
 
-    def __init__(self, shadow: dict[int, tuple[int, float]]) -> None:
-        self.shadow, self.looks = shadow, 0
+    def __init__(self, shadow: dict[int, tuple[int, float]], errors: int = 0) -> None:
+        self.shadow, self.errors, self.looks = shadow, errors, 0
 
     def status(self) -> dict[str, Any]:
         overlap = [
@@ -96,7 +96,10 @@ class FakeServer:
             for layer, (rows, overlap) in self.shadow.items()
         ]
         settings = {"active_heads": 2, "route_block": 64, "native_layers": []}
-        return {"settings": settings, "shadow": {"overlap": overlap, "forwards": {"prefill/sampled": 1}}}
+        return {
+            "settings": settings,
+            "shadow": {"overlap": overlap, "forwards": {"prefill/sampled": 1, "prefill/error": self.errors}},
+        }
 
     def call(self, path: str) -> str:
         assert path == "/metrics/"
@@ -104,8 +107,8 @@ class FakeServer:
         return exposition({0: (1, 1.0)} if self.looks == 1 else self.shadow)
 
 
-@pytest.mark.parametrize(("off", "code"), [(0.0, 0), (0.5, 1)])
-def test_a_whole_run(tmp_path, monkeypatch, off, code):
+@pytest.mark.parametrize(("off", "errors", "code"), [(0.0, 0, 0), (0.5, 0, 1), (0.0, 1, 2)])
+def test_a_whole_run(tmp_path, monkeypatch, capsys, off, errors, code):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"input_ids": [1, 2, 3]}\n')
     # of 2 * 2048 + 200 tokens, so that rows have something to choose with the model's own top_k
@@ -117,7 +120,7 @@ def test_a_whole_run(tmp_path, monkeypatch, off, code):
     @contextlib.contextmanager
     def launch(model: Path, log: Path, settings: Any, extra: Any, environ: Any, **more: Any) -> Any:
         started.update(model=model, settings=settings, extra=extra)
-        yield FakeServer(shadow)
+        yield FakeServer(shadow, errors)
 
     monkeypatch.setattr(check_shadow, "launch", launch)
     monkeypatch.setattr(check_shadow, "capture", lambda *given: traces)
@@ -127,6 +130,9 @@ def test_a_whole_run(tmp_path, monkeypatch, off, code):
     arguments = ["--model", "m", "--prompts", str(prompts), "--out", str(out), "--mode", "misa", "--tp-size", "2"]
     assert check_shadow.main(arguments) == code
     assert started["settings"]["shadow_rate"] == "1" and started["extra"][-2:] == ["--tp-size", "2"]
+    if errors:
+        assert "met an error in 1 forwards" in capsys.readouterr().err and not (out / "shadow.json").exists()
+        return
     record = json.loads((out / "shadow.json").read_text())
     assert [line["layer"] for line in record["lines"]] == [0, 1] and record["failed"] == ([0, 1] if code else [])
 

@@ -85,11 +85,14 @@ def test_a_rerun_asks_only_what_is_missing(tmp_path):
     assert all(cell["score"] == 100 and cell["samples"] == 3 for cell in record["cells"])
 
 
-def test_results_of_other_settings_are_refused(tmp_path, capsys):
+def test_results_of_other_settings_are_refused(tmp_path, capsys, monkeypatch):
     with FakeServer(knows_needles) as server:
         assert ruler(server, tmp_path, *SMALL) == 0
         assert ruler(server, tmp_path, *SMALL, "--seed", "7") == 2
-    assert "seed was 0, now 7" in capsys.readouterr().out
+        assert "seed was 0, now 7" in capsys.readouterr().out
+        monkeypatch.setenv("COMMIT", "c0ffee")
+        assert ruler(server, tmp_path, *SMALL) == 2
+    assert "now 'c0ffee'" in capsys.readouterr().out, "samples of two commits would be one record"
 
 
 def test_a_mode_that_did_not_run_fails(tmp_path, capsys):

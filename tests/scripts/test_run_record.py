@@ -1,5 +1,7 @@
 """A record names the GPUs that were used, not those that happened to be in the machine."""
 
+import subprocess
+
 import pytest
 
 import run_record
@@ -48,3 +50,14 @@ def test_a_driver_that_fails(smi, monkeypatch):
 def test_no_driver(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_record.gpu_name() is None and soak.used_memory_mib() is None
+
+
+def test_the_commit_is_that_of_the_scripts(monkeypatch, tmp_path):
+    monkeypatch.delenv("COMMIT", raising=False)
+    here = run_record.run_record()["commit"]
+    monkeypatch.chdir(tmp_path)
+    assert run_record.run_record()["commit"] == here
+    subprocess.run(["git", "init", "-q", "."], check=True)
+    assert run_record.git_commit() == here, "another repository is the working directory"
+    monkeypatch.setenv("COMMIT", "c0ffee")
+    assert run_record.run_record()["commit"] == "c0ffee"

@@ -19,7 +19,7 @@ class SoakServer(FakeServer):
         self.mismatch_at, self.short, self.check, self.ran = mismatch_at, short, check, ran
         self.checked = self.mismatches = self.decoded = 0
         self.refused: list[str] = []
-        self.busy = False
+        self.busy, self.prefill, self.shadow_errors = False, "native", 0
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -49,7 +49,8 @@ class SoakServer(FakeServer):
     def _status(self) -> dict[str, Any]:
         return {
             **super()._status(),
-            "modes": {"prefill": "native", "decode": "hisa"},
+            "modes": {"prefill": self.prefill, "decode": "hisa"},
+            "shadow": {"forwards": {"prefill/sampled": 3, "prefill/error": self.shadow_errors * len(self.bodies)}},
             "device_runs": {"decode/hisa": 5 + self.decoded},
             "integrity_checked": 100 + self.checked,
             "integrity_mismatches": 4 + self.mismatches,
@@ -137,6 +138,18 @@ def test_a_refused_mode_fails(tmp_path):
     server = SoakServer()
     server.refused = ["decode: no kernel"]
     assert "SGLang's own indexer served: decode: no kernel" in run(server, tmp_path)[1]["failures"]
+
+
+def test_a_prefill_mode_that_did_not_run_fails(tmp_path):
+    server = SoakServer()
+    server.prefill = "misa_rerank"
+    assert run(server, tmp_path)[1]["failures"] == ["prefill mode misa_rerank did not run"]
+
+
+def test_an_error_of_shadow_sampling_fails(tmp_path):
+    server = SoakServer()
+    server.shadow_errors = 1
+    assert any("shadow sampling met an error" in failure for failure in run(server, tmp_path)[1]["failures"])
 
 
 def test_a_server_that_breaks_down_is_not_asked_for_ever(tmp_path, monkeypatch):

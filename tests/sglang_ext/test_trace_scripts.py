@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def test_lines_per_layer_and_context(traces, tmp_path, capsys):
             parts = [lines[context, one, mode]["recall_mean"] for one in (0, 2)]
             assert line["recall_mean"] == pytest.approx(sum(parts) / 2)
     assert record["run"]["packages"]["torch"] and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    crc = f"{zlib.crc32((traces / '300.npz').read_bytes()):08x}"
+    assert sorted(record["files"]) == ["1000.npz", "300.npz"] and record["files"]["300.npz"] == crc
 
 
 def test_filters(traces, tmp_path):
