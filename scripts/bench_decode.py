@@ -43,6 +43,10 @@ CHECKED_ROWS, LEAST_AGREEMENT = 8, 0.98  # of a timed case: the median row's sha
 CHUNK_PAGES = 1 << 14  # pages made at once
 
 
+class DisagreementError(RuntimeError):
+    """A timed case selected other tokens than the reference: its times are of something else."""
+
+
 class Layer:
     """One layer's cache, means and queries."""
 
@@ -242,7 +246,8 @@ def measure(batch: int, context: int, heads: int, modes: list[str], rounds: int)
             graph.replay()
             agreed[mode] = statistics.median(shares_of(case.selected(CHECKED_ROWS), case.expected(mode, CHECKED_ROWS)))
             if agreed[mode] < LEAST_AGREEMENT:
-                raise RuntimeError(f"{mode}, batch {batch}, context {context}: {agreed[mode]:.4f} of the reference's")
+                case_name = f"{mode}, {heads} heads, batch {batch}, context {context}"
+                raise DisagreementError(f"{case_name}: {agreed[mode]:.4f} of the reference's tokens")
     times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
     for step in range(rounds + 3):
         for key, graph in graphs.items():
@@ -270,9 +275,20 @@ def measure(batch: int, context: int, heads: int, modes: list[str], rounds: int)
     ]
 
 
-def write(path: str, checks: list[dict], results: list[dict]) -> None:
+def kept(measured: Callable[[], list[dict]], failures: list[str]) -> list[dict]:
+    """The results of a case; none where it disagrees, which is said and added to failures. The others go on."""
+    try:
+        return measured()
+    except DisagreementError as wrong:
+        print(f"FAIL {wrong}: nothing of this case is kept", file=sys.stderr, flush=True)
+        failures.append(str(wrong))
+        return []
+
+
+def write(path: str, checks: list[dict], results: list[dict], failures: list[str]) -> None:
+    record = {"run": run_record(), "params": asdict(PARAMS), "checks": checks, "results": results, "failures": failures}
     with open(path, "w") as file:
-        json.dump({"run": run_record(), "params": asdict(PARAMS), "checks": checks, "results": results}, file, indent=1)
+        json.dump(record, file, indent=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write the raw results here")
     args = parser.parse_args(arguments)
     checks, results = [], []
+    failures: list[str] = []
     for heads in args.heads:
         for mode in args.modes:
             found = agreement(mode, heads)
@@ -296,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 1
         for batch in args.batch:
             for context in args.contexts:
-                for row in measure(batch, context, heads, args.modes, args.rounds):
+                case = functools.partial(measure, batch, context, heads, args.modes, args.rounds)
+                for row in kept(case, failures):
                     results.append(row)
                     print(
                         f"H={row['heads']} batch={row['batch']:3d} context={row['context']:6d} {row['mode']:11s} "
@@ -304,8 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
                         flush=True,
                     )
                 if args.json:  # after every case: what was measured outlives what comes
-                    write(args.json, checks, results)
-    return 0
+                    write(args.json, checks, results, failures)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -168,7 +168,10 @@ def measure(rows: int, keys: int, heads: int, modes: list[str], rounds: int) -> 
                 timings[name].append(spent)
     agreed = {name: case.agreement(name, CHECKED_ROWS) for name in work}
     if wrong := {name: found for name, found in agreed.items() if found.median < LEAST_AGREEMENT}:
-        raise RuntimeError(f"{heads} heads, {rows} rows, {keys} keys: other tokens than the reference's: {wrong}")
+        shares = ", ".join(f"{name} {found.median:.4f}" for name, found in wrong.items())
+        raise bench_decode.DisagreementError(
+            f"{heads} heads, {rows} rows, {keys} keys: {shares} of the reference's tokens"
+        )
     times = {name: [spent.device for spent in of_mode] for name, of_mode in timings.items()}
     native = statistics.median(times["native"])
     return [
@@ -207,6 +210,7 @@ def main() -> int:
     parser.add_argument("--phase", choices=("prefill", "decode"), help="default prefill; decode has options of its own")
     args = parser.parse_args()
     results, checks = [], []
+    failures: list[str] = []
     for heads in args.heads:
         for mode in args.modes:
             found = agreement(mode, heads)
@@ -216,7 +220,8 @@ def main() -> int:
                 return 1
         for keys in args.keys:
             for rows in args.rows:
-                for row in measure(rows, keys, heads, args.modes, args.rounds):
+                case = functools.partial(measure, rows, keys, heads, args.modes, args.rounds)
+                for row in bench_decode.kept(case, failures):
                     results.append(row)
                     print(
                         f"H={row['heads']} rows={row['rows']:5d} keys={row['keys']:6d} {row['mode']:17s} "
@@ -225,8 +230,8 @@ def main() -> int:
                         flush=True,
                     )
                 if args.json:  # after every case: what was measured outlives what comes
-                    bench_decode.write(args.json, checks, results)
-    return 0
+                    bench_decode.write(args.json, checks, results, failures)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 On a CPU the reference backend stands in for DeepGEMM and for the gpu backend, and no clock runs.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -100,7 +102,7 @@ def test_a_timed_stage_agrees_with_the_reference_of_its_last_rows(monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["native", "hisa", "group_rerank"])
 def test_a_wrong_stage_has_no_time(monkeypatch, wrong):
-    with pytest.raises(RuntimeError, match=f"24 rows, 2600 keys: other tokens .*'{wrong}': Agreement"):
+    with pytest.raises(bench_decode.DisagreementError, match=rf"24 rows, 2600 keys: {wrong} 0\.\d+ of the reference's"):
         stage_rows(monkeypatch, wrong, ["hisa", "group_rerank"])
 
 
@@ -125,5 +127,25 @@ def test_a_timed_decode_agrees_with_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["native", "hisa", "misa_rerank"])
 def test_a_wrong_decode_has_no_time(monkeypatch, wrong):
-    with pytest.raises(RuntimeError, match=f"^{wrong}, batch 2, context 2500"):
+    with pytest.raises(bench_decode.DisagreementError, match=f"^{wrong}, 4 heads, batch 2, context 2500"):
         decode_rows(monkeypatch, wrong)
+
+
+def test_the_other_cases_go_on(monkeypatch, tmp_path, capsys):
+    """One case that selects wrongly costs its own times only, and the run is a failure."""
+    monkeypatch.setattr(bench_decode, "agreement", lambda mode, heads: {"reference_mean": 1.0, "native_least": 1.0})
+    row = {"mode": "hisa", "heads": 4, "us": 1.0, "times_native": 2.0, "once_us": 0.0}
+
+    def measure(batch, context, heads, modes, rounds):
+        if context == 2000:
+            raise bench_decode.DisagreementError("hisa, context 2000: 0.5 of the reference's tokens")
+        return [{**row, "batch": batch, "context": context}]
+
+    monkeypatch.setattr(bench_decode, "measure", measure)
+    out = tmp_path / "decode.json"
+    flags = ["--heads", "4", "--batch", "2", "--contexts", "1000", "2000", "3000", "--modes", "hisa"]
+    assert bench_decode.main([*flags, "--json", str(out)]) == 1
+    record = json.loads(out.read_text())
+    assert [one["context"] for one in record["results"]] == [1000, 3000]
+    assert record["failures"] == ["hisa, context 2000: 0.5 of the reference's tokens"]
+    assert "FAIL hisa, context 2000" in capsys.readouterr().err
