@@ -24,7 +24,13 @@ from sglang_ext.sglang_objects import (
     rows_are_close,
     unsupported_reason,
 )
-from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
+from sglang_ext.sglang_shadow import (
+    agree_among_attention_ranks,
+    check_guard,
+    native_prefill_rows,
+    plan_decode,
+    plan_prefill,
+)
 from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
 from sglang_ext.stage import Stage
 from sglang_ext.statistics import PoolStatistics, beside
@@ -287,7 +293,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             attention,
             Key(forward.phase, forward.decision.mode, layer_id),
             q_fp8.device,
-            plan=lambda: shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k()),
+            plan=lambda: plan_decode(stage, shadow, forward),
             select=select,
             native=lambda sample: native()[sample.rows],
         )

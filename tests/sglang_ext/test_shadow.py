@@ -171,6 +171,21 @@ def test_totals_are_sent_after_the_last_layer(stage, batch, monkeypatch):
     assert sent[-2:] == [{1: 1, 4: 1, 5: 1}, {1: 2, 4: 2, 5: 2}]
 
 
+def test_prompts_that_sglang_makes_up_for_its_graphs_are_not_measured(stage, batch, asked, monkeypatch):
+    """Up to 8192 tokens of one page, for every graph: their ties would count as tokens that a mode misses."""
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context import enable_breakable_cuda_graph
+    from sglang.srt.runtime_context import get_flags
+
+    with enable_breakable_cuda_graph():  # in capture as in every replay
+        with monkeypatch.context() as capture:
+            capture.setattr(get_flags().dp, "capturing_prefill_graph", True)
+            for _ in range(3):
+                cpu.prefill(batch, cpu.metadata(batch, COUNTS), COUNTS)
+        assert asked == [] and stage.shadow.overlaps.read(wait=True) == {} and outcomes(stage) == {}
+        cpu.prefill(batch, cpu.metadata(batch, COUNTS), COUNTS)
+    assert asked == [8] and outcomes(stage) == {"prefill/sampled": 1}
+
+
 def test_layers_that_are_native_are_not_measured(stage, batch, asked):
     sut.use(stage, shadow_rate=1.0, native_layers=(2,))
     found = cpu.metadata(batch, COUNTS)
