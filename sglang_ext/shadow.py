@@ -149,6 +149,11 @@ class Shadow:
         """Whether the guard has taken the layer back to native."""
         return self.guard is not None and (phase, mode, layer) in self.guard.native
 
+    def all_returned(self, phase: str, mode: str) -> list[int]:
+        """The layers that `returned` is true of."""
+        native = self.guard.native if self.guard is not None else ()
+        return [key.layer for key in native if (key.phase, key.mode) == (phase, mode)]
+
     def poll_guard(self, agree: Agree) -> None:
         """Called at every batch, whatever it runs: the ranks that share it agree on layers that return to native."""
         if self.guard is not None:
