@@ -312,11 +312,14 @@ def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
         if not stage.knows_model():  # the model is built by now
             stage.refuse_model("no_indexer")
+        prompts = result.forward_mode.is_extend_without_speculative()
         if stage.shadow is not None:
+            stage.shadow.prefill_comes = prompts
             stage.shadow.poll_guard(agree_among_attention_ranks)
-        if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
+        if not stage.wants_prompts():
             return
-        if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
+        if not prompts or result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
+            stage.note_prompts((), (), [])  # those of before are not what comes next
             return
         decoding = {id(request) for request in (batch.decoding_reqs or ())}
         # A decoding request of a mixed batch has no prompt row left: a length no row can be near.

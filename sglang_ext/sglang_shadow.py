@@ -15,10 +15,11 @@ from sglang_ext.stage import Stage
 
 
 def plan_prefill(stage: Stage, shadow: Shadow, metadata: Any, device: torch.device) -> Sample | None:
-    """What to compare of a prefill, from SGLang's host values. Nothing of those that SGLang makes up for its graphs:
-    their keys are all alike, so that any selection is as good as native's and none overlaps with it.
+    """What to compare of a prefill, from SGLang's host values. Nothing of those that SGLang makes up, for its graphs or
+    where data-parallel attention leaves a rank without prompts while others prefill: their keys are all alike, so that
+    any selection is as good as native's and none overlaps with it.
     """
-    if makes_up_forwards("prefill"):
+    if not shadow.prefill_comes or makes_up_forwards("prefill"):
         return None
     seen = [int(length) for length in metadata.get_indexer_seq_len_cpu().tolist()]
     extend = [int(rows) for rows in metadata.get_dsa_extend_len_cpu()]

@@ -54,6 +54,7 @@ class Shadow:
         self.times = StageTimes()
         self.guard = Guard(settings.guard_overlap, settings.guard_min_samples) if settings.guard_overlap else None
         self.forwards: Counter[tuple[str, str]] = Counter()
+        self.prefill_comes = True  # whether the batch that was made last is one of prompts, as far as is known
         self._rows = settings.shadow_rows
         self._samplers = {phase: Sampler(settings.shadow_rate) for phase in ("prefill", "decode")}
         self._compared: set[Key] = set()
