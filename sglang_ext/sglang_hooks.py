@@ -24,6 +24,7 @@ from sglang_ext.sglang_objects import (
     rows_are_close,
     unsupported_reason,
 )
+from sglang_ext.sglang_ranks import check_ranks
 from sglang_ext.sglang_shadow import (
     agree_among_attention_ranks,
     check_guard,
@@ -182,6 +183,8 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
         )
         if first and (others := other_hooks(SELECTING)):  # after the model's own settings are read: they may ask for it
             stage.refuse_model("other_plugin", "; ".join(others))
+        if first:
+            check_ranks(stage)
         if stage.shadow is not None and stage.shadow.guard is not None:
             check_guard()
 
