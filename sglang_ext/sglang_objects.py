@@ -70,13 +70,14 @@ def attention_backend() -> Any:
 def makes_up_forwards(phase: str) -> bool:
     """Whether SGLang runs forwards of its own making now, as it captures graphs: what they select says nothing.
 
-    Its own capture mode is on in every replay of a prefill graph too, so that phase has another sign. A version without
-    it says False.
+    Its own capture mode is on in every replay of a prefill graph too, so that phase has another sign. Versions without
+    these say False.
     """
     if phase == "decode":
         from sglang.srt.layers.attention.dsa import dsa_indexer
 
-        return bool(dsa_indexer.get_is_capture_mode())
+        capturing = getattr(dsa_indexer, "get_is_capture_mode", None)
+        return capturing is not None and bool(capturing())
     try:
         from sglang.srt.runtime_context import get_flags
     except ImportError:
