@@ -15,13 +15,25 @@ def check_ranks(stage: Stage) -> None:
     variables, files, versions or compilers. Each would serve its heads with tokens of its own choice, and only its own
     log and counters would say so. All ranks call it as their model is built.
     """
+    group = _group()
+    if group is not None and (found := differences_in(group.cpu_group, group.ranks, decided_by(stage))):
+        raise RuntimeError(f"sglang-ext: ranks that share a batch must be set up alike: {'; '.join(found)}")
+
+
+def on_any_rank(mine: bool) -> bool:
+    """Whether it is so on one of the ranks that share a batch. All of them call it."""
+    group = _group()
+    return mine if group is None else any(gather_in(group.cpu_group, group.ranks, mine))
+
+
+def _group() -> Any:
+    """SGLang's attention tensor-parallel group; None where a rank is alone."""
     from sglang.srt.distributed import parallel_state
 
     if not torch.distributed.is_initialized() or not hasattr(parallel_state, "get_attn_tp_group"):
-        return
+        return None
     group = parallel_state.get_attn_tp_group()
-    if group.world_size > 1 and (found := differences_in(group.cpu_group, group.ranks, decided_by(stage))):
-        raise RuntimeError(f"sglang-ext: ranks that share a batch must be set up alike: {'; '.join(found)}")
+    return group if group.world_size > 1 else None
 
 
 def decided_by(stage: Stage) -> dict[str, Any]:
@@ -36,11 +48,17 @@ def differences_in(group: Any, ranks: list[int], mine: dict[str, Any]) -> list[s
     """One phrase for each name whose value is not the same on all ranks of a torch.distributed group of CPU tensors.
     All must call it.
     """
-    found: list[dict[str, Any]] = [{} for _ in ranks]
-    torch.distributed.all_gather_object(found, mine, group=group)
+    found = gather_in(group, ranks, mine)
     names = dict.fromkeys(name for one in found for name in one)
     return [
         f"{name} is " + ", ".join(f"{one.get(name)!r} on rank {rank}" for rank, one in zip(ranks, found))
         for name in names
         if any(one.get(name) != found[0].get(name) for one in found)
     ]
+
+
+def gather_in(group: Any, ranks: list[int], mine: Any) -> list[Any]:
+    """What each rank of a torch.distributed group of CPU tensors gives. All must call it."""
+    found: list[Any] = [None for _ in ranks]
+    torch.distributed.all_gather_object(found, mine, group=group)
+    return found

@@ -15,20 +15,25 @@ parallel_state = pytest.importorskip(
 )
 from sglang_ext import sglang_hooks, sglang_ranks
 from sglang_ext.settings import Settings
+from sglang_ext.sglang_statistics import statistics_of
 from sglang_ext.stage import Stage
+from sglang_ext.statistics import PoolStatistics
+from tests.sglang_ext import patched_indexer as sut
+from tests.sglang_ext.served_pool import make_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two ranks: the variables of the second are those of the command line.
 RANK = """
 import sys, torch
 from sglang_ext.settings import load_settings
-from sglang_ext.sglang_ranks import decided_by, differences_in
+from sglang_ext.sglang_ranks import decided_by, differences_in, gather_in
 from sglang_ext.stage import Stage
 rank, store, variables = int(sys.argv[1]), sys.argv[2], dict(one.split("=") for one in sys.argv[3:])
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 group = torch.distributed.new_group([0, 1], backend="gloo")
 environ = {"SGLANG_EXT_MODE": "misa"} | (variables if rank else {})
 print(differences_in(group, [4, 5], decided_by(Stage(load_settings(None, environ), environ))), flush=True)
+assert gather_in(group, [4, 5], rank == 1) == [False, True]
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -91,8 +96,23 @@ def test_it_is_asked_once_as_the_model_is_built(monkeypatch):
         sglang_ranks.check_ranks(Stage(Settings(), {}))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_where_one_rank_lacks_memory_none_keeps_statistics(monkeypatch, elsewhere):
+    """Else one rank would decode natively, and the others not."""
+    stage = Stage(Settings(mode="native", decode_mode="hisa", backend="reference"), {})
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    group = SimpleNamespace(world_size=2, cpu_group="cpu", ranks=[0, 1])
+    monkeypatch.setattr(parallel_state, "get_attn_tp_group", lambda: group)
+    monkeypatch.setattr(sglang_ranks, "gather_in", lambda _group, _ranks, mine: [mine, elsewhere])
+    with sut.hooked(stage):
+        kept = statistics_of(make_pool(4))
+    assert kept == "statistics_memory" if elsewhere else isinstance(kept, PoolStatistics)
+    assert len(stage.statistics.caches()) == (0 if elsewhere else 1), "its memory is given back"
+
+
 def test_one_rank_asks_nobody(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr(parallel_state, "get_attn_tp_group", lambda: SimpleNamespace(world_size=1))
-    monkeypatch.setattr(sglang_ranks, "differences_in", None)
+    monkeypatch.setattr(sglang_ranks, "gather_in", None)
     sglang_ranks.check_ranks(Stage(Settings(), {}))
+    assert sglang_ranks.on_any_rank(True) and not sglang_ranks.on_any_rank(False)
