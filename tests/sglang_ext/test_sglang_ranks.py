@@ -32,8 +32,9 @@ rank, store, variables = int(sys.argv[1]), sys.argv[2], dict(one.split("=") for 
 torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 group = torch.distributed.new_group([0, 1], backend="gloo")
 environ = {"SGLANG_EXT_MODE": "misa"} | (variables if rank else {})
-print(differences_in(group, [4, 5], decided_by(Stage(load_settings(None, environ), environ))), flush=True)
-assert gather_in(group, [4, 5], rank == 1) == [False, True]
+with torch.device("meta"):  # SGLang builds models under a default device
+    print(differences_in(group, [4, 5], decided_by(Stage(load_settings(None, environ), environ))), flush=True)
+    assert gather_in(group, [4, 5], rank == 1) == [False, True]
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
