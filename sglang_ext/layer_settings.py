@@ -20,7 +20,7 @@ class LayerSettings:
         self._made_of: Settings | None = None
         self._variants: dict[Settings, Variant] = {}
         self._by_layer: dict[int, Variant] = {}
-        self._firsts: dict[tuple[int, int, bool], int] = {}
+        self._firsts: dict[tuple[int, int, frozenset[int]], int] = {}
 
     def of(self, settings: Settings, layer: int) -> Variant:
         """The layer's variant. Its object is the same at every call with the same settings."""
@@ -40,12 +40,16 @@ class LayerSettings:
         own = [self.of(settings, number) for number, _ in settings.layers]
         return list(dict.fromkeys([Variant(0, settings), *own]))
 
-    def first(self, settings: Settings, layer: int, layers: Collection[int], running: bool = False) -> int:
-        """The lowest of `layers` that shares this layer's variant, -1 for none; running: and is no native layer."""
+    def first(
+        self, settings: Settings, layer: int, layers: Collection[int], returned: Collection[int] | None = None
+    ) -> int:
+        """The lowest of `layers` that shares this layer's variant, -1 for none. With `returned`: that is none of these
+        and no native layer either, so that it runs its mode.
+        """
         number = self.of(settings, layer).number
-        key = (number, len(layers), running)
+        skipped = frozenset() if returned is None else frozenset((*settings.native_layers, *returned))
+        key = (number, len(layers), skipped)
         if key not in self._firsts:
-            skipped = settings.native_layers if running else ()
             own = (one for one in layers if one not in skipped and self.of(settings, one).number == number)
             self._firsts[key] = min(own, default=-1)
         return self._firsts[key]

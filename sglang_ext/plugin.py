@@ -25,8 +25,9 @@ def register() -> None:
         from sglang_ext.stage import Stage
 
         problems = sglang_hooks.verify(settings.runtime_switch)
-    except ImportError as error:
-        problems = [f"cannot be imported here: {error}"]
+    except Exception as error:
+        # Whatever SGLang's modules and their libraries raise as they are imported: SGLang would log it and serve on.
+        problems = [f"cannot be imported here: {type(error).__name__}: {error}"]
     if problems:
         if settings.strict:
             raise SystemExit(f"sglang-ext (strict): {'; '.join(problems)}")

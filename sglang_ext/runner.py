@@ -100,5 +100,5 @@ def split_tail(
     parts = []
     for mask in (~in_tail, in_tail):
         plan = plan_rows(request[mask], position[mask] + 1, len(counts), device)
-        parts.append(Rows(plan, mask.nonzero().squeeze(1).to(device)))
+        parts.append(Rows(plan, mask.nonzero().squeeze(1).to(device, non_blocking=True)))
     return parts[0], parts[1]

@@ -53,13 +53,15 @@ def read_settings_file(path: str) -> SettingsFile:
     """Raises ValueError naming the file and what is wrong: unreadable, no JSON object, another format or shape."""
     where = f"settings file {path}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where} is no text in UTF-8: it is damaged, or another file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON, it may be cut off: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{where}: {error.args[0]!r} is there twice in one object: keep one of them") from None
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a JSON object, not {type(content).__name__}")
     if type(content.get("format")) is not int or content["format"] != FORMAT:
@@ -77,3 +79,13 @@ def read_settings_file(path: str) -> SettingsFile:
         if name in values:
             raise ValueError(f"{where}: {name} cannot be set in a settings file, only outside of it")
     return SettingsFile(path, values, tuned_on)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of whose equal names Python would keep the last. KeyError for one that is there twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise KeyError(name)
+        found[name] = value
+    return found

@@ -24,7 +24,14 @@ from sglang_ext.sglang_objects import (
     rows_are_close,
     unsupported_reason,
 )
-from sglang_ext.sglang_shadow import agree_among_attention_ranks, check_guard, native_prefill_rows, plan_prefill
+from sglang_ext.sglang_ranks import check_ranks
+from sglang_ext.sglang_shadow import (
+    agree_among_attention_ranks,
+    check_guard,
+    native_prefill_rows,
+    plan_decode,
+    plan_prefill,
+)
 from sglang_ext.sglang_statistics import refresh_extend, refresh_step, statistics_hooks, statistics_of
 from sglang_ext.stage import Stage
 from sglang_ext.statistics import PoolStatistics, beside
@@ -176,6 +183,8 @@ def _after_indexer_init(stage: Stage) -> Callable[..., None]:
         )
         if first and (others := other_hooks(SELECTING)):  # after the model's own settings are read: they may ask for it
             stage.refuse_model("other_plugin", "; ".join(others))
+        if first:
+            check_ranks(stage)
         if stage.shadow is not None and stage.shadow.guard is not None:
             check_guard()
 
@@ -287,7 +296,7 @@ def _around_paged(stage: Stage) -> Callable[..., torch.Tensor]:
             attention,
             Key(forward.phase, forward.decision.mode, layer_id),
             q_fp8.device,
-            plan=lambda: shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k()),
+            plan=lambda: plan_decode(stage, shadow, forward),
             select=select,
             native=lambda sample: native()[sample.rows],
         )
@@ -306,11 +315,14 @@ def _after_forward_batch(stage: Stage) -> Callable[..., None]:
     def hook(result: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
         if not stage.knows_model():  # the model is built by now
             stage.refuse_model("no_indexer")
+        prompts = result.forward_mode.is_extend_without_speculative()
         if stage.shadow is not None:
+            stage.shadow.prefill_comes = prompts
             stage.shadow.poll_guard(agree_among_attention_ranks)
-        if not stage.wants_prompts() or not result.forward_mode.is_extend_without_speculative():
+        if not stage.wants_prompts():
             return
-        if result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
+        if not prompts or result.seq_lens_cpu is None or result.extend_seq_lens_cpu is None:
+            stage.note_prompts((), (), [])  # those of before are not what comes next
             return
         decoding = {id(request) for request in (batch.decoding_reqs or ())}
         # A decoding request of a mixed batch has no prompt row left: a length no row can be near.

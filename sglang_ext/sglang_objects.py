@@ -67,6 +67,24 @@ def attention_backend() -> Any:
     return dsa_indexer.get_attn_backend()
 
 
+def makes_up_forwards(phase: str) -> bool:
+    """Whether SGLang runs forwards of its own making now, as it captures graphs: what they select says nothing.
+
+    Its own capture mode is on in every replay of a prefill graph too, so that phase has another sign. Versions without
+    these say False.
+    """
+    if phase == "decode":
+        from sglang.srt.layers.attention.dsa import dsa_indexer
+
+        capturing = getattr(dsa_indexer, "get_is_capture_mode", None)
+        return capturing is not None and bool(capturing())
+    try:
+        from sglang.srt.runtime_context import get_flags
+    except ImportError:
+        return False
+    return bool(getattr(getattr(get_flags(), "dp", None), "capturing_prefill_graph", False))
+
+
 def indexer_device(indexer: Any) -> torch.device:
     """Where an Indexer's weights are."""
     return next(indexer.parameters()).device

@@ -6,17 +6,31 @@ from typing import Any
 
 import torch
 
+from sglang_ext.forwards import Forward
 from sglang_ext.guard import agree_in
 from sglang_ext.overlap import Key
+from sglang_ext.sglang_objects import makes_up_forwards
 from sglang_ext.shadow import Sample, Shadow
 from sglang_ext.stage import Stage
 
 
 def plan_prefill(stage: Stage, shadow: Shadow, metadata: Any, device: torch.device) -> Sample | None:
-    """What to compare of a prefill, from SGLang's host values."""
+    """What to compare of a prefill, from SGLang's host values. Nothing of those that SGLang makes up, for its graphs or
+    where data-parallel attention leaves a rank without prompts while others prefill: their keys are all alike, so that
+    any selection is as good as native's and none overlaps with it.
+    """
+    if not shadow.prefill_comes or makes_up_forwards("prefill"):
+        return None
     seen = [int(length) for length in metadata.get_indexer_seq_len_cpu().tolist()]
     extend = [int(rows) for rows in metadata.get_dsa_extend_len_cpu()]
     return shadow.plan_prefill(seen, extend, stage.tail_starts(seen, extend), stage.settings_top_k(), device)
+
+
+def plan_decode(stage: Stage, shadow: Shadow, forward: Forward) -> Sample | None:
+    """What to compare of a decode; nothing of the eager runs before a graph's capture."""
+    if makes_up_forwards("decode"):
+        return None
+    return shadow.plan_decode(forward.num_rows, forward.made_of[0], stage.settings_top_k())
 
 
 def native_prefill_rows(

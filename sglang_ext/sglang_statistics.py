@@ -12,6 +12,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_ext.sglang_hook import Hook
 from sglang_ext.sglang_objects import current_pool
+from sglang_ext.sglang_ranks import on_any_rank
 from sglang_ext.stage import Stage
 from sglang_ext.statistics import BYTES_PER_TOKEN, PoolStatistics
 
@@ -120,6 +121,8 @@ def _after_cache_init(stage: Stage) -> Callable[..., None]:
                 kept = stage.allocate_statistics(cache, cache.buffer, cache.pool.start_layer, memory)
             except torch.OutOfMemoryError:
                 kept = "statistics_memory"
+            if on_any_rank(kept == "statistics_memory"):
+                kept = "statistics_memory"  # ranks that share a batch must select alike
         if isinstance(kept, str):
             stage.refuse_statistics(kept)
         setattr(cache, KEPT, kept)

@@ -54,6 +54,7 @@ class Shadow:
         self.times = StageTimes()
         self.guard = Guard(settings.guard_overlap, settings.guard_min_samples) if settings.guard_overlap else None
         self.forwards: Counter[tuple[str, str]] = Counter()
+        self.prefill_comes = True  # whether the batch that was made last is one of prompts, as far as is known
         self._rows = settings.shadow_rows
         self._samplers = {phase: Sampler(settings.shadow_rate) for phase in ("prefill", "decode")}
         self._compared: set[Key] = set()
@@ -148,6 +149,11 @@ class Shadow:
     def returned(self, phase: str, mode: str, layer: int) -> bool:
         """Whether the guard has taken the layer back to native."""
         return self.guard is not None and (phase, mode, layer) in self.guard.native
+
+    def all_returned(self, phase: str, mode: str) -> list[int]:
+        """The layers that `returned` is true of."""
+        native = self.guard.native if self.guard is not None else ()
+        return [key.layer for key in native if (key.phase, key.mode) == (phase, mode)]
 
     def poll_guard(self, agree: Agree) -> None:
         """Called at every batch, whatever it runs: the ranks that share it agree on layers that return to native."""

@@ -255,7 +255,8 @@ class Stage:
         if q.device.type == "cuda":
             if capturing(q.device):
                 self.counters.count_capture(forward.phase, forward.decision.mode, forward.num_rows)
-            if layer_id == self._layer_settings.first(self.settings, layer_id, self._layers, running=True):
+            back = self.shadow.all_returned(forward.phase, forward.decision.mode) if self.shadow is not None else ()
+            if layer_id == self._layer_settings.first(self.settings, layer_id, self._layers, back):
                 self.counters.step_device(forward.phase, forward.decision.mode, q.device)
         settings = self._variant(layer_id).settings
         params = settings.params(out.shape[1])

@@ -119,6 +119,25 @@ def test_a_layer_that_has_fallen_runs_native(batch):
     assert json.loads(json.dumps(stage.status()["shadow"])) == stage.status()["shadow"]
 
 
+def test_runs_are_counted_in_the_first_layer_that_still_runs_the_mode(batch, monkeypatch):
+    """Where the guard takes back the layer that counted a forward's runs, the others run on, and must be seen to."""
+    stage = Stage(replace(WATCHED, native_layers=(2,)), {})
+    stage._layers.update((2, 3, 4, 5))
+    stage.shadow.guard.native |= {KEY._replace(phase="decode", layer=4), KEY._replace(mode="hisa", layer=4)}
+    counted: list[int] = []
+    monkeypatch.setattr(stage.counters, "step_device", lambda *_given: counted.append(layer))
+    monkeypatch.setattr("sglang_ext.stage.capturing", lambda _device: False)
+    monkeypatch.setattr("sglang_ext.stage.run", lambda *_given: None)
+    on_gpu, out = SimpleNamespace(device=torch.device("cuda")), torch.empty((0, 64))
+    for _ in range(2):
+        forward = prefill(stage, batch)
+        for layer in (3, 4, 5):
+            if stage.takes(forward, layer):
+                stage.run(forward, layer, on_gpu, None, None, None, None, out)
+        stage.shadow.guard.native.add(KEY)
+    assert counted == [3, 4]
+
+
 def test_it_is_no_failure_under_strict(batch):
     stage = Stage(replace(WATCHED, native_layers=(), strict=True), {})
     stage.shadow.guard.native.add(KEY)

@@ -139,7 +139,7 @@ def test_native_layers_of_the_deployment_still_count(batch):
     forward_layers(stage, batch, layers=2)
     assert calls(stage)[("prefill", "native", "native_layer")] == (1, 13)
     assert stage._layer_settings.first(stage.settings, 1, stage._layers) == 1
-    assert stage._layer_settings.first(stage.settings, 1, stage._layers, running=True) == -1
+    assert stage._layer_settings.first(stage.settings, 1, stage._layers, returned=()) == -1
 
 
 def test_a_switched_mode_runs_in_all_layers_and_auto_brings_theirs_back(batch):

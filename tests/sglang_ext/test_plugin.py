@@ -96,6 +96,24 @@ def test_a_module_that_cannot_be_imported(monkeypatch, caplog, strict):
     assert "inactive" in caplog.records[0].getMessage()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_import_that_fails_otherwise(monkeypatch, hooks, caplog, strict):
+    """As of a library of CUDA that is not there, or of an SGLang that lost a name: no ImportError."""
+    monkeypatch.setenv("SGLANG_EXT_STRICT", str(int(strict)))
+
+    def verify(_runtime_switch: bool) -> list[str]:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    hooks.verify = verify
+    if strict:
+        with pytest.raises(SystemExit, match="strict.*OSError: libcudart"):
+            plugin.register()
+    else:
+        plugin.register()
+        assert "inactive" in caplog.records[0].getMessage()
+    assert hooks.installed == []
+
+
 LOAD = """
 import importlib.metadata, logging, sys
 logging.basicConfig(level=logging.INFO)

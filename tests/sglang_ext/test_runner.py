@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from indexer_kernels import IndexerParams, select_ragged
 from indexer_kernels.row_plan import TILE_ROWS, RowPlan, plan_extend, plan_rows
@@ -212,3 +213,24 @@ def test_no_tail_means_the_plan_of_an_ordinary_forward():
     assert last.plan.num_rows == 0
     for name in ("row_request", "row_lengths", "request_lengths", "tile_request", "tile_rows", "tile_length"):
         assert torch.equal(getattr(body.plan, name), getattr(plain, name)), name
+
+
+class Uploads(TorchDispatchMode):
+    """Notes of every copy to another device whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_dispatch__(self, operator, _types, args=(), kwargs=None):
+        named = kwargs or {}
+        if operator is torch.ops.aten._to_copy.default and named.get("device") not in (None, args[0].device):
+            self.waited.append(not named.get("non_blocking", False))
+        return operator(*args, **named)
+
+
+def test_no_upload_of_a_split_is_waited_for():
+    """It comes at the beginning of a forward, while the device is at work on the one before."""
+    with Uploads() as uploads:
+        split_tail([3, 0], [5, 40], [100, 40], 4, torch.device("meta"))
+    assert uploads.waited and not any(uploads.waited)

@@ -226,3 +226,18 @@ def test_a_layer_that_the_model_lacks(write):
     file.check_model(62, 64, 2048)
     with pytest.raises(ValueError, match=r"layers\.61 is not there: the served model has layers 0 to 60"):
         file.check_model(61, 64, 2048)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('{"format": 1, "layers": {"3": {"mode": "native"}, "3": {"active_heads": 16}}}', "3"),
+        ('{"format": 1, "mode": "hisa", "mode": "misa"}', "mode"),
+        ('{"format": 1, "layers": {"3": {"top_blocks": 48, "top_blocks": 64}}}', "top_blocks"),
+    ],
+)
+def test_a_name_that_is_there_twice(write, text, name):
+    """JSON allows it and Python keeps the last: what was written first would silently not hold."""
+    path = write(text)
+    with pytest.raises(ValueError, match=f"settings file .*{name!r} is there twice"):
+        load(path)

@@ -45,6 +45,9 @@ def test_a_module_that_fails_to_import_is_found(monkeypatch):
     assert all("OSError: libcuda.so is missing" in problem for problem in problems)
 
 
+NO_PROMPTS = ((), (), [])  # in place of what an earlier batch had
+
+
 def built(mode: ForwardMode, **changes: Any) -> SimpleNamespace:
     """A ForwardBatch of two requests, as init_new returns it."""
     lengths = {"seq_lens_cpu": torch.tensor([300, 80]), "extend_seq_lens_cpu": [20, 80]}
@@ -56,9 +59,9 @@ def built(mode: ForwardMode, **changes: Any) -> SimpleNamespace:
     [
         (built(ForwardMode.EXTEND), 8, ((300, 80), (20, 80), [350, 80])),
         (built(ForwardMode.EXTEND), 0, None),
-        (built(ForwardMode.DECODE), 8, None),
-        (built(ForwardMode.TARGET_VERIFY), 8, None),
-        (built(ForwardMode.EXTEND, extend_seq_lens_cpu=None), 8, None),
+        (built(ForwardMode.DECODE), 8, NO_PROMPTS),
+        (built(ForwardMode.TARGET_VERIFY), 8, NO_PROMPTS),
+        (built(ForwardMode.EXTEND, extend_seq_lens_cpu=None), 8, NO_PROMPTS),
     ],
     ids=["extend", "not_asked_for", "decode", "verify", "lengths_on_the_gpu"],
 )

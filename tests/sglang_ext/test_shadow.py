@@ -15,7 +15,7 @@ from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from indexer_kernels import select_ragged
-from sglang_ext import sglang_shadow
+from sglang_ext import sglang_hooks, sglang_shadow
 from sglang_ext.overlap import BOUNDS, Key
 from sglang_ext.sampling import Sampler, pick_rows
 from sglang_ext.settings import Settings
@@ -169,6 +169,39 @@ def test_totals_are_sent_after_the_last_layer(stage, batch, monkeypatch):
         for layer in (1, 4, 5):
             cpu.prefill(batch, found, COUNTS, layer=layer)
     assert sent[-2:] == [{1: 1, 4: 1, 5: 1}, {1: 2, 4: 2, 5: 2}]
+
+
+def test_prompts_that_sglang_makes_up_for_its_graphs_are_not_measured(stage, batch, asked, monkeypatch):
+    """Up to 8192 tokens of one page, for every graph: their ties would count as tokens that a mode misses."""
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context import enable_breakable_cuda_graph
+    from sglang.srt.runtime_context import get_flags
+
+    with enable_breakable_cuda_graph():  # in capture as in every replay
+        with monkeypatch.context() as capture:
+            capture.setattr(get_flags().dp, "capturing_prefill_graph", True)
+            for _ in range(3):
+                cpu.prefill(batch, cpu.metadata(batch, COUNTS), COUNTS)
+        assert asked == [] and stage.shadow.overlaps.read(wait=True) == {} and outcomes(stage) == {}
+        cpu.prefill(batch, cpu.metadata(batch, COUNTS), COUNTS)
+    assert asked == [8] and outcomes(stage) == {"prefill/sampled": 1}
+
+
+def test_prompts_of_a_rank_that_has_none_are_not_measured(stage, batch, asked):
+    """With data-parallel attention and prefill graphs SGLang turns an idle rank's batch into a prompt as long as the
+    others': its keys are those of the padding page, over and over.
+    """
+    (hook,) = [hook for hook in sglang_hooks.hooks() if hook.target.endswith(".init_new")]
+    make = hook.make(stage)
+    for mode, sampled in (
+        (ForwardMode.IDLE, 0),
+        (ForwardMode.EXTEND, 1),
+        (ForwardMode.DECODE, 1),
+        (ForwardMode.MIXED, 2),
+    ):
+        make(SimpleNamespace(forward_mode=mode), None, SimpleNamespace())
+        cpu.prefill(batch, cpu.metadata(batch, COUNTS), COUNTS)
+        assert len(asked) == sampled
+    assert outcomes(stage) == {"prefill/sampled": 2}
 
 
 def test_layers_that_are_native_are_not_measured(stage, batch, asked):

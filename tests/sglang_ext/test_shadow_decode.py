@@ -126,6 +126,17 @@ def test_a_graph_is_not_touched(stage, native, batch, monkeypatch):
     assert stage.status()["shadow"]["forwards"] == {"decode/cuda_graph": 2, "decode/sampled": 1}
 
 
+def test_runs_before_a_capture_are_no_sample(stage, native, batch):
+    from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+
+    with model_capture_mode():  # SGLang's own: rows that it makes up, twice for each graph
+        for _ in range(2):
+            sut.paged(batch, found(batch), pad=PAD)
+    assert native.calls == [] and stage.status()["shadow"]["forwards"] == {}
+    sut.paged(batch, found(batch), pad=PAD)
+    assert stage.status()["shadow"]["forwards"] == {"decode/sampled": 1}
+
+
 def test_graphs_are_counted_by_forward(stage):
     for layer in (0, 1, 60, 0, 1, 60, 1, 60, 3):
         stage.shadow._count_graph(Key("decode", "hisa", layer))

@@ -86,6 +86,16 @@ def test_a_trace_holds_what_the_indexer_saw(stage, native, tmp_path):
     assert stage.status()["traces_written"] == 1 and skipped(stage) == {}
 
 
+def test_a_prompt_that_sglang_makes_up_is_not_kept(stage, native, tmp_path):
+    """An idle data-parallel rank runs one as long as the others', which may be as long as its own last."""
+    batch = make_batch([300], [300], num_heads=8, seed=1)
+    serve(stage, batch, [300], [300])
+    (hook,) = [hook for hook in sglang_hooks.hooks() if hook.target.endswith(".init_new")]
+    hook.make(stage)(SimpleNamespace(forward_mode=ForwardMode.IDLE), None, SimpleNamespace())
+    ragged(batch, metadata(batch, [300]))
+    assert stage.status()["traces_written"] == 1 and skipped(stage) == {"prompt_unknown": 1}
+
+
 @pytest.mark.parametrize("mode", ["native", "misa", "hisa"])
 def test_whatever_mode_runs(stage, tmp_path, mode):
     sut.use(stage, mode=mode, trace_dir=str(tmp_path), trace_rows=4, top_blocks=17)
