@@ -19,6 +19,7 @@ from sglang_ext.settings import Settings
 
 PHASES = ("prefill", "decode")
 PROBE_LENGTHS = (8192, 32768, 131072)
+PROBE_BATCHES = (1, 8, 64, 256)  # rows of decode, whose lengths the host does not know
 PROBE_ROWS = 8192  # a chunk of SGLang's default chunked prefill on large GPUs
 
 Status = Literal["ok", "problem", "skipped"]
@@ -66,8 +67,9 @@ def check_hooks(runtime_switch: bool = False) -> Check:
         with warnings.catch_warnings():  # SGLang says at length what it will not do without a GPU
             warnings.simplefilter("ignore")
             from sglang_ext import sglang_hooks
-    except ImportError as error:
-        return Check("hooks", "problem", f"this SGLang cannot be imported, or has no plugin support: {error}")
+    except Exception as error:  # whatever SGLang's modules and their libraries raise as they are imported
+        why = f"{type(error).__name__}: {error}"
+        return Check("hooks", "problem", f"this SGLang cannot be imported, or has no plugin support: {why}")
     problems = sglang_hooks.verify(runtime_switch)
     if problems:
         return Check("hooks", "problem", "; ".join(problems))
@@ -103,15 +105,22 @@ def model_of(config: dict[str, Any] | None) -> Model:
 
 
 def check_phase(phase: str, settings: Settings, model: Model) -> Check:
-    """What the policy would choose for one request of a few lengths, and why."""
+    """What the policy would choose, and why: in prefill for one request of a few lengths, in decode for batch sizes."""
     modes = policy.kernel_modes(phase, settings) if asks(phase, settings) else ()
     refusal = next(filter(None, (kernel_refusal(mode, settings, model) for mode in modes)), None)
-    shown = []
-    for length in PROBE_LENGTHS:
-        rows = PROBE_ROWS if phase == "prefill" else 1
-        view = BatchView(phase, rows, (length,), length, "no_kernel" if refusal else None, model.heads)
-        decision = choose(view, settings)
-        shown.append(f"{length // 1024}K: {decision.mode} ({decision.reason})")
+    unsupported = "no_kernel" if refusal else None
+    if phase == "prefill":
+        views = {
+            f"{length // 1024}K": BatchView(phase, PROBE_ROWS, (length,), length, unsupported, model.heads)
+            for length in PROBE_LENGTHS
+        }
+    else:
+        views = {
+            f"{rows} rows": BatchView(phase, rows, None, max(PROBE_LENGTHS), unsupported, model.heads)
+            for rows in PROBE_BATCHES
+        }
+    decisions = {what: choose(view, settings) for what, view in views.items()}
+    shown = [f"{what}: {decision.mode} ({decision.reason})" for what, decision in decisions.items()]
     detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")
     return Check(f"would run in {phase}", "problem" if refusal else "ok", detail)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_without_sglang_hooks_are_skipped(monkeypatch):
     assert kernels.status == "skipped" and "TileLang is not installed" in kernels.detail
 
 
+def test_a_library_that_cannot_be_loaded_is_a_problem(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "sglang_ext.sglang_hooks":
+                raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "sglang_ext.sglang_hooks", raising=False)
+    monkeypatch.delattr("sglang_ext.sglang_hooks", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(doctor_checks.importlib.util, "find_spec", lambda name: object())
+    hooks = check_hooks()
+    assert hooks.status == "problem" and "OSError: libcudart.so.13" in hooks.detail
+
+
 def test_kernels_need_a_compiler(monkeypatch):
     monkeypatch.setattr(doctor_checks.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -164,8 +179,13 @@ def test_shape_comes_from_the_model():
         ),
         ({"candidate_unit": "page"}, "prefill", "8K: native (page_candidates), 32K: native (page_candidates), 128K"),
         ({"mode": "misa_rerank"}, "prefill", "128K: misa_rerank (configured)"),
-        ({}, "decode", "128K: native (auto_decode_native)"),
-        ({"decode_mode": "hisa"}, "decode", "8K: hisa (configured)"),
+        ({}, "decode", "1 rows: native (auto_decode_native), 8 rows: native (auto_decode_native), 64 rows: native"),
+        ({"decode_mode": "hisa"}, "decode", "1 rows: hisa (configured)"),
+        (
+            {"decode_tokens": 20000},
+            "decode",
+            "1 rows: native (below_break_even), 8 rows: native (below_break_even), 64 rows: hisa (auto_selected), 256",
+        ),
         ({"mode": "native"}, "prefill", "128K: native (configured_native)"),
     ],
 )
