@@ -1,7 +1,7 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
     python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets eagle_native eagle
-                                   layers answers answers_decode] [--repeats 5] [--port 30000]
+                                   layers answers answers_graph answers_decode] [--repeats 5] [--port 30000]
                                    [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
@@ -19,6 +19,7 @@ may run side by side in several calls with ports of their own; time to first tok
     `modes` server's native ones within the budget
     answers       the small trained model of the repository, needle prompts: what `modes` checks of answers, where they
     show what was selected
+    answers_graph  the same with SGLang's prefill CUDA graphs, which the other servers switch off, and shadow sampling
     answers_decode  decode_mode=hisa under CUDA graphs on the same model: it names the needles within its budget
 With dummy weights an answer follows from the last token alone: equal answers show that nothing crashed or became NaN,
 not that the right tokens were selected. `answers_tell` in a record says whether they do. A mode whose counters do not
@@ -33,10 +34,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from needle_checks import SMALL_MODEL, check_answers, check_needle_decode
+from needle_checks import SMALL_MODEL, check_answers, check_graph_answers, check_needle_decode
 from selection_sets import selected_sets, shares
 from server_checks import MODES, NEW_TOKENS, Check, check_integrity, check_modes, prompt, runs
-from server_process import Server, launch
+from server_process import ARGUMENTS, Server, launch
 from tiny_model import write_model
 
 TIMED = (*MODES, "auto")  # auto: native below its break-even, at no cost
@@ -48,7 +49,8 @@ EAGLE = [
     "--speculative-num-draft-tokens=4",
 ]  # fmt: skip
 SCENARIOS = (
-    "modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers", "answers", "answers_decode",
+    "modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers", "answers", "answers_graph",
+    "answers_decode",
 )  # fmt: skip
 # Budgets hold WITHIN_BUDGET; the file's modes run from the first token on.
 LAYERS_FILE = {
@@ -211,6 +213,7 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
         ),
     }
     options["answers"] = options["modes"]
+    options["answers_graph"] = ({**options["modes"][0], "shadow_rate": "1"}, [], {})
     options["answers_decode"] = options["decode_graph"]
     (out / "layers_settings.json").write_text(json.dumps(LAYERS_FILE, indent=1))
     settings, extra, environ = options[name]
@@ -219,13 +222,17 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     dummy = not name.startswith("answers")
     model = model if dummy else SMALL_MODEL
     check.record["model"] = json.loads((model / "config.json").read_text()) | {"dummy_weights": dummy}
-    with launch(model, out / f"{name}.log", {**settings, "strict": "1"}, extra, environ, port, dummy) as server:
+    common = [one for one in ARGUMENTS if one != "--disable-prefill-cuda-graph" or name != "answers_graph"]
+    settings = {**settings, "strict": "1"}
+    with launch(model, out / f"{name}.log", settings, extra, environ, port, dummy, common) as server:
         check.record["start_s"] = server.start_s
         if name == "modes":
             check_modes(server, check, MODES, *dummy_prompts())
             measure_ttft(server, check, repeats)
         elif name == "answers":
             check_answers(server, check, MODES)
+        elif name == "answers_graph":
+            check_graph_answers(server, check, MODES)
         elif name == "answers_decode":
             check_needle_decode(server, check)
         elif name == "decode_graph":

@@ -46,6 +46,19 @@ def check_answers(server: Server, check: Check, modes: Sequence[str]) -> None:
             check.expect(right == len(needles), f"{mode}: {right} of {len(needles)} needles found")
 
 
+def check_graph_answers(server: Server, check: Check, modes: Sequence[str]) -> None:
+    """`check_answers` on a server that captures prefill graphs and samples every forward: of those that are served, and of
+    none that SGLang makes up for its graphs.
+    """
+
+    def sampled() -> int:
+        return server.status()["shadow"]["forwards"].get("prefill/sampled", 0)
+
+    check.expect(sampled() == 0, f"{sampled()} forwards sampled before the first prompt")
+    check_answers(server, check, modes)
+    check.expect(sampled() > 0, f"{sampled()} forwards sampled")
+
+
 def check_needle_decode(server: Server, check: Check) -> None:
     """decode_mode=hisa on the needles within its budget: it ran, under graphs, and named them."""
     needles = [needle_prompt(n, seed=n) for n in WITHIN]

@@ -99,6 +99,23 @@ def test_answers_must_be_the_needles(monkeypatch, needles):
     assert "another context has another answer" in failures and "native: 0 of 2 needles found" in failures
 
 
+@pytest.mark.parametrize(
+    ("counts", "failures"),
+    [
+        ([0, 0, 7, 7], []),
+        ([0, 0, 0, 0], ["0 forwards sampled"]),
+        ([3, 3, 9, 9], ["3 forwards sampled before the first prompt"]),
+    ],
+)
+def test_forwards_of_graph_captures_must_not_be_sampled(monkeypatch, counts, failures):
+    monkeypatch.setattr(needle_checks, "check_answers", lambda *_: None)
+    server, said = Model(context), iter(counts)
+    monkeypatch.setattr(server, "status", lambda: {"shadow": {"forwards": {"prefill/sampled": next(said)}}})
+    check = Check("answers_graph")
+    needle_checks.check_graph_answers(server, check, MODES)
+    assert check.record["failures"] == failures
+
+
 def test_decode_must_name_the_needles(needles):
     check = Check("answers_decode")
     check_needle_decode(Model(lambda ids: needles[tuple(ids[-30:])].answer), check)
