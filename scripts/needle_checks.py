@@ -47,8 +47,8 @@ def check_answers(server: Server, check: Check, modes: Sequence[str]) -> None:
 
 
 def check_graph_answers(server: Server, check: Check, modes: Sequence[str]) -> None:
-    """`check_answers` on a server that captures prefill graphs and samples every forward: of those that are served, and of
-    none that SGLang makes up for its graphs.
+    """`check_answers` on a server that captures prefill graphs and samples every forward, but none of those that SGLang
+    makes up for its graphs.
     """
 
     def sampled() -> int:
