@@ -121,17 +121,24 @@ def failures_of(
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
-    """One run's record."""
+    """One run's record, also of a server that is gone at its end. ConnectionError, ValueError where it cannot begin."""
     client = Client(args.url, timeout=args.timeout)
-    before = client.status()
+    before = client.plugin_status()
+    if before is None:
+        raise ValueError(f"--url {args.url}: that server runs without the plugin")
     traffic = Traffic(client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.seed)
     began = time.monotonic()
     with MemoryWatch() as memory:
         totals = traffic.run(args.seconds)
     seconds = time.monotonic() - began
-    idle = becomes_idle(client)
-    after = client.status()
     growth = growth_mib(memory.samples)
+    after = None
+    try:
+        idle, after = becomes_idle(client), client.status()
+        failures = failures_of(totals, before, after, growth, args)
+        failures += [] if idle else [f"a request was left in the server {IDLE_LIMIT_S:.0f} s after the last answer"]
+    except ConnectionError as error:
+        failures = [f"the server is gone: {error}"]
     return {
         "run": run_record(),
         "seconds": round(seconds, 1),
@@ -142,8 +149,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "memory_growth_mib": growth,
         "before": before,
         "after": after,
-        "failures": failures_of(totals, before, after, growth, args)
-        + ([] if idle else [f"a request was left in the server {IDLE_LIMIT_S:.0f} s after the last answer"]),
+        "failures": failures,
     }
 
 
@@ -182,9 +188,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    run = soak(args)
+    try:
+        run = soak(args)
+    except (ConnectionError, ValueError) as error:
+        print(f"soak: error: {error}", file=sys.stderr)
+        return 2
     record = add_run(args.out, run)
-    totals, after = run["totals"], run["after"]
+    totals, after = run["totals"], run["after"] or run["before"]
     print(
         f"{run['seconds']:.0f} s: {totals['requests']}, {totals['prompt_tokens']} prompt tokens "
         f"({totals['cached_tokens']} cached), {totals['new_tokens']} new, {totals['retractions']} retractions; "

@@ -1,11 +1,13 @@
 """The soak against a fake server: what traffic it sends, and each thing that must fail it."""
 
 import json
+import socket
 import time
 from typing import Any
 
 import pytest
 
+import openai_client
 import soak
 import soak_traffic
 from tests.scripts.fake_server import FakeServer
@@ -159,6 +161,34 @@ def test_a_server_that_breaks_down_is_not_asked_for_ever(tmp_path, monkeypatch):
     code, record = run(server, tmp_path, "--seconds", "60")
     assert code == 1 and 8 <= record["runs"][0]["totals"]["errors"] < 20
     assert "out of order" in " ".join(record["runs"][0]["totals"]["first_errors"])
+
+
+def test_a_server_that_is_gone_at_the_end_is_in_the_record(tmp_path, monkeypatch, capsys):
+    """Else a record of several runs would show only those that went well."""
+
+    def gone(client):
+        raise ConnectionError("no server: the connection was refused")
+
+    monkeypatch.setattr(soak, "becomes_idle", gone)
+    code, record = run(SoakServer(), tmp_path)
+    assert code == 1 and record["failures"] == ["the server is gone: no server: the connection was refused"]
+    assert record["runs"][0]["after"] is None and record["runs"][0]["totals"]["requests"]
+    assert "the server is gone" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_begin_leaves_no_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(openai_client, "FIRST_PAUSE_S", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    assert soak.main(["--url", url, "--out", str(tmp_path / "soak.json"), "--seconds", "1"]) == 2
+    assert "no server at" in capsys.readouterr().err and not (tmp_path / "soak.json").exists()
+
+
+def test_a_server_without_the_plugin_is_refused(tmp_path, capsys):
+    with FakeServer(str, plugin=False) as server:
+        assert soak.main(["--url", server.url, "--out", str(tmp_path / "soak.json"), "--seconds", "1"]) == 2
+    assert "runs without the plugin" in capsys.readouterr().err
 
 
 def test_memory_that_grows(tmp_path, memory):
