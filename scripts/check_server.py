@@ -1,8 +1,8 @@
 """Starts SGLang servers with the plugin on a tiny model and checks that what was asked for ran and answered right.
 
     python scripts/check_server.py --out DIR [--scenarios modes decode_graph paged unfused sets eagle_native eagle
-                                   layers answers answers_graph answers_decode] [--repeats 5] [--port 30000]
-                                   [further arguments of sglang.launch_server]
+                                   layers answers answers_graph answers_decode answers_bf16] [--repeats 5]
+                                   [--port 30000] [further arguments of sglang.launch_server]
 
 Every scenario starts a server, and DIR/<scenario>.json holds what it measured, with commit, GPU and command. Scenarios
 may run side by side in several calls with ports of their own; time to first token means something only alone.
@@ -21,6 +21,7 @@ may run side by side in several calls with ports of their own; time to first tok
     show what was selected
     answers_graph  the same with SGLang's prefill CUDA graphs, which the other servers switch off, and shadow sampling
     answers_decode  decode_mode=hisa under CUDA graphs on the same model: it names the needles within its budget
+    answers_bf16  the same from a bf16 KV cache with flashmla_sparse, top-k not fused (SGLANG_DSA_FUSE_TOPK=0)
 With dummy weights an answer follows from the last token alone: equal answers show that nothing crashed or became NaN,
 not that the right tokens were selected. `answers_tell` in a record says whether they do. A mode whose counters do not
 show it fails the run. Needs an sm_90 GPU and SGLang.
@@ -50,7 +51,7 @@ EAGLE = [
 ]  # fmt: skip
 SCENARIOS = (
     "modes", "decode_graph", "paged", "unfused", "sets", "eagle_native", "eagle", "layers", "answers", "answers_graph",
-    "answers_decode",
+    "answers_decode", "answers_bf16",
 )  # fmt: skip
 # Budgets hold WITHIN_BUDGET; the file's modes run from the first token on.
 LAYERS_FILE = {
@@ -215,6 +216,11 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     options["answers"] = options["modes"]
     options["answers_graph"] = ({**options["modes"][0], "shadow_rate": "1"}, [], {})
     options["answers_decode"] = options["decode_graph"]
+    options["answers_bf16"] = (
+        options["decode_graph"][0],
+        ["--kv-cache-dtype=bf16", "--dsa-decode-backend=flashmla_sparse"],
+        {"SGLANG_DSA_FUSE_TOPK": "0"},
+    )
     (out / "layers_settings.json").write_text(json.dumps(LAYERS_FILE, indent=1))
     settings, extra, environ = options[name]
     print(f"{name}: {settings} {' '.join(extra)}", flush=True)
@@ -233,7 +239,7 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
             check_answers(server, check, MODES)
         elif name == "answers_graph":
             check_graph_answers(server, check, MODES)
-        elif name == "answers_decode":
+        elif name in ("answers_decode", "answers_bf16"):
             check_needle_decode(server, check)
         elif name == "decode_graph":
             check_decode(server, check, graph=True)
