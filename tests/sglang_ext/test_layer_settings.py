@@ -212,6 +212,22 @@ def test_start_checks_the_model(tuned, caplog):
             start(Stage(load_settings(None, environ), environ), config, num_heads=heads)
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"native_layers": "0-2,61"}, "native_layers: the model has no layer 61, its layers are 0 to 60"),
+        ({"layers": {"3": {"mode": "hisa"}, "70": {"mode": "hisa"}}}, "layers: the model has no layer 70"),
+    ],
+)
+def test_start_refuses_layers_that_the_model_lacks(own, said):
+    """It would leave them out, and the layer that was meant would run something else."""
+    config = {"num_hidden_layers": 61, "sglang_ext": own}
+    with pytest.raises(ValueError, match=said):
+        start(Stage(Settings(), {}), config)
+    start(Stage(Settings(), {}), config | {"num_hidden_layers": 78})
+    start(Stage(Settings(), {}), {"sglang_ext": own})  # a config that does not say how many it has
+
+
 def test_start_compiles_what_any_layer_runs(tuned, monkeypatch):
     environ = tuned(
         mode="misa",
