@@ -2,10 +2,7 @@
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +14,8 @@ from sglang_ext.settings import Settings
 from sglang_ext.stage import Stage
 from tests.support.inputs import Batch
 from tests.support.stage_calls import calls, prefill, stage_batch
+from tests.support.two_ranks import outputs_of_two
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = Key("prefill", "misa", 3)
 WATCHED = Settings(mode="misa", backend="reference", shadow_rate=1.0, guard_overlap=0.9, guard_min_samples=100)
 
@@ -156,34 +153,15 @@ def test_without_a_threshold_there_is_no_guard():
 
 
 RANK = """
-import sys, torch
 from sglang_ext.guard import agree_in
 from sglang_ext.overlap import Key
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-group = torch.distributed.new_group([0, 1], backend="gloo")
 mine = [Key("prefill", "misa", 7)] if rank == 0 else [Key("decode", "hisa", 1)]
 print([tuple(key) for key in agree_in(group, 0, mine)], agree_in(group, 0, []), flush=True)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
 
 
 def test_two_processes_act_on_what_the_first_has_found(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=180)
-        assert rank.returncode == 0, err[-2000:]
-        assert out.strip() == "[('prefill', 'misa', 7)] []"
+    assert outputs_of_two(RANK, tmp_path) == ["[('prefill', 'misa', 7)] []"] * 2
 
 
 def test_the_group_is_the_attention_ranks(monkeypatch):

@@ -1,10 +1,7 @@
 """Ranks that share a batch are set up alike, or the server does not start."""
 
 import ast
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,23 +17,18 @@ from sglang_ext.stage import Stage
 from sglang_ext.statistics import PoolStatistics
 from tests.sglang_ext import patched_indexer as sut
 from tests.sglang_ext.served_pool import make_pool
+from tests.support.two_ranks import outputs_of_two
 
-ROOT = Path(__file__).resolve().parents[2]
-# Two ranks: the variables of the second are those of the command line.
+# The variables of the second rank are those given.
 RANK = """
-import sys, torch
 from sglang_ext.settings import load_settings
 from sglang_ext.sglang_ranks import decided_by, differences_in, gather_in
 from sglang_ext.stage import Stage
-rank, store, variables = int(sys.argv[1]), sys.argv[2], dict(one.split("=") for one in sys.argv[3:])
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-group = torch.distributed.new_group([0, 1], backend="gloo")
+variables = dict(one.split("=") for one in arguments)
 environ = {"SGLANG_EXT_MODE": "misa"} | (variables if rank else {})
 with torch.device("meta"):  # SGLang builds models under a default device
     print(differences_in(group, [4, 5], decided_by(Stage(load_settings(None, environ), environ))), flush=True)
     assert gather_in(group, [4, 5], rank == 1) == [False, True]
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
 
 
@@ -48,21 +40,7 @@ torch.distributed.destroy_process_group()
     ],
 )
 def test_two_processes(tmp_path, variables, said):
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), *variables],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=300)
-        assert rank.returncode == 0, err[-2000:]
-        assert ast.literal_eval(out.strip()) == said
+    assert [ast.literal_eval(output) for output in outputs_of_two(RANK, tmp_path, *variables)] == [said] * 2
 
 
 def test_what_is_compared():
