@@ -12,8 +12,8 @@ from typing import Any
 
 from sglang_ext.cli import doctor_checks
 from sglang_ext.cli.doctor_checks import Check, Model
-from sglang_ext.cli.model_config import check_tuned_on, read_model_config
-from sglang_ext.settings import Settings, load_settings
+from sglang_ext.cli.model_config import read_model_config, settings_in_force
+from sglang_ext.settings import Settings
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def read_settings(config: dict[str, Any] | None) -> tuple[Settings | None, Check]:
     """The settings in force (defaults < model config < environment), or None with what is wrong with them."""
     try:
-        settings = load_settings(config, os.environ)
-        check_tuned_on(settings, config)
+        settings = settings_in_force(config, os.environ)
     except (ValueError, TypeError) as error:
         return None, Check("settings", "problem", str(error))
     default = Settings()

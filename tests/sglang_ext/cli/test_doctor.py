@@ -113,6 +113,13 @@ def test_a_settings_file_of_another_model(healthy, tuned, capsys):
     assert checks["settings"]["status"] == "ok", "without a model there is nothing to compare"
 
 
+def test_layers_that_the_model_lacks(healthy, tuned, capsys, monkeypatch):
+    folder = tuned(layers={})
+    monkeypatch.setenv("SGLANG_EXT_NATIVE_LAYERS", "0,3")
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert code == 1 and "native_layers: the model has no layer 3" in checks["settings"]["detail"]
+
+
 def test_missing_model_config_is_a_user_error(tmp_path, capsys):
     assert main(["doctor", "--model-path", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"sglang-ext doctor: error: --model-path {tmp_path} has no config.json\n"
