@@ -99,9 +99,12 @@ class Model(NamedTuple):
 
 
 def model_of(config: dict[str, Any] | None) -> Model:
-    """Raises ValueError where the config's values are no numbers."""
-    config = config or {}
-    return Model(int(config.get("index_n_heads", 64)), int(config.get("index_topk", 2048)))
+    """Raises ValueError naming a value of the config that is no number."""
+    values = {"index_n_heads": 64, "index_topk": 2048} | (config or {})
+    for name in ("index_n_heads", "index_topk"):
+        if type(values[name]) is not int:
+            raise ValueError(f"the model config's {name}={values[name]!r} must be an integer")
+    return Model(values["index_n_heads"], values["index_topk"])
 
 
 def check_phase(phase: str, settings: Settings, model: Model) -> Check:

@@ -176,6 +176,14 @@ def test_shape_comes_from_the_model():
     assert model_of({}) == model_of(None) == Model(64, 2048)
 
 
+@pytest.mark.parametrize("value", [None, "64", 64.5])
+def test_a_shape_that_is_no_number_is_one_line(healthy, value, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"index_n_heads": value}))
+    assert main(["doctor", "--model-path", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"index_n_heads={value!r} must be an integer" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "phase", "shown"),
     [
