@@ -188,6 +188,21 @@ def test_a_config_that_does_not_fit(traces, out, tmp_path, config, said, capsys)
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--json", "--out"])
+def test_a_folder_is_no_file_to_write(traces, out, tmp_path, flag, capsys, monkeypatch):
+    """Told before anything is measured, not after."""
+    monkeypatch.setattr(tune, "recalls", lambda *args: pytest.fail("measured"))
+    assert main(["tune", "--traces", traces, "--out", str(out), *CHEAP, flag, str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder, it must be the name of a file" in capsys.readouterr().err
+
+
+def test_the_record_does_not_replace_the_settings(traces, out, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "recalls", lambda *args: pytest.fail("measured"))
+    monkeypatch.chdir(out.parent)
+    assert main(["tune", "--traces", traces, "--out", str(out), *CHEAP, "--json", out.name]) == 2
+    assert f"--json {out.name} is the file of --out" in capsys.readouterr().err
+
+
 def test_traces_of_two_models(out, tmp_path, capsys):
     for other, said in ((trace(0, 2100, "b"), "several models: a, b"), (trace(1, 2100, "a", 64), "numbers of heads")):
         save_traces(tmp_path / "a.npz", [trace(0, 2100, "a"), other])
