@@ -130,6 +130,16 @@ def test_modes_without_a_row_to_measure_are_named(traces, out, capsys):
     assert {entry["prefill_mode"] for entry in content["layers"].values()} <= {"hisa", "native"}
 
 
+def test_a_layer_that_was_not_traced_at_every_context_is_native(out, tmp_path):
+    """Its mode would run at all prompts from prefill_min_tokens on, the longest included."""
+    save_traces(tmp_path / "a.npz", [trace(0, 3000), trace(0, 6000), trace(1, 3000)])
+    content = tuned(out, str(tmp_path / "a.npz"), *CHEAP, "--recall-target", "0", "--recall-min", "0")
+    assert content["tuned_on"]["contexts"] == [3072, 6144]
+    assert content["layers"]["0"]["prefill_mode"] != "native"
+    assert content["layers"]["1"]["prefill_mode"] == "native"
+    assert "no mode was measured at every context" in content["layers"]["1"]["why"]
+
+
 def test_options_that_no_server_runs_are_left_out(traces, out, capsys):
     pytest.importorskip("tilelang")
     content = tuned(out, traces, *CHEAP, "--active-heads", "5", "--recall-target", "0", "--recall-min", "0")
