@@ -107,6 +107,17 @@ def model_of(config: dict[str, Any] | None) -> Model:
     return Model(values["index_n_heads"], values["index_topk"])
 
 
+def check_model(config: dict[str, Any]) -> Check:
+    """Whether the model's config names an indexer that the plugin serves; its text part's, where it has parts."""
+    part = config.get("text_config")
+    fields = config | part if isinstance(part, dict) else config
+    if fields.get("index_topk") is None:  # what SGLang tells models of DeepSeek sparse attention by
+        return Check("model", "problem", f"{policy.UNSUPPORTED['no_indexer']}: its config has no index_topk")
+    if (dim := fields.get("index_head_dim", 128)) != 128:
+        return Check("model", "problem", f"{policy.UNSUPPORTED['head_dim']} (index_head_dim={dim})")
+    return Check("model", "ok", f"index_topk={fields['index_topk']}")
+
+
 def check_phase(phase: str, settings: Settings, model: Model) -> Check:
     """What the policy would choose, and why: in prefill for one request of a few lengths, in decode for batch sizes."""
     modes = policy.kernel_modes(phase, settings) if asks(phase, settings) else ()

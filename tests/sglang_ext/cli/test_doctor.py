@@ -74,7 +74,9 @@ def test_bad_settings_are_a_problem(healthy, capsys, monkeypatch):
 
 
 def test_settings_of_the_model_config(healthy, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"sglang_ext": {"mode": "hisa"}, "index_n_heads": 32}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"sglang_ext": {"mode": "hisa"}, "index_n_heads": 32, "index_topk": 2048})
+    )
     code, checks, content = findings(capsys, "--model-path", str(tmp_path))
     assert code == 0 and content["settings"]["mode"] == "hisa"
 
@@ -111,6 +113,22 @@ def test_a_settings_file_of_another_model(healthy, tuned, capsys):
     assert code == 1 and "tuned_on.num_layers=61, but the served model has 3" in checks["settings"]["detail"]
     code, checks, _ = findings(capsys, "--skip-kernels")
     assert checks["settings"]["status"] == "ok", "without a model there is nothing to compare"
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "detail"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "problem", "no indexer of DeepSeek sparse attention"),
+        ({"index_topk": 2048, "index_head_dim": 64}, "problem", "head dim is not 128 (index_head_dim=64)"),
+        ({"index_topk": 2048, "index_head_dim": 128}, "ok", "index_topk=2048"),
+        ({"text_config": {"index_topk": 1024}}, "ok", "index_topk=1024"),
+    ],
+)
+def test_a_model_that_the_plugin_does_not_serve(healthy, config, status, detail, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, checks, _ = findings(capsys, "--model-path", str(tmp_path))
+    assert checks["model"]["status"] == status and detail in checks["model"]["detail"]
+    assert code == (status == "problem")
 
 
 def test_layers_that_the_model_lacks(healthy, tuned, capsys, monkeypatch):
