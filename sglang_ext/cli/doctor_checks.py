@@ -146,7 +146,8 @@ def check_layers(settings: Settings, model: Model) -> Check:
         own = settings.of_layer(number)
         modes = {phase: policy.mode_to_try(phase, own) if asks(phase, own) else "native" for phase in PHASES}
         shown.append(f"{number}: {'/'.join(modes.values())}")
-        for mode in dict.fromkeys(mode for mode in modes.values() if mode != "native"):
+        asked = [phase for phase in PHASES if modes[phase] != "native"]
+        for mode in dict.fromkeys(mode for phase in asked for mode in policy.kernel_modes(phase, own)):
             if (refusal := kernel_refusal(mode, own, model)) is not None:
                 refusals.append(f"layer {number}, {mode}: {refusal}")
     detail = f"prefill/decode of layers with settings of their own: {', '.join(shown)}"

@@ -107,6 +107,15 @@ def test_layers_of_a_settings_file(healthy, tuned, capsys):
     ]
 
 
+def test_what_a_layers_decode_runs_beside_its_mode(healthy, tuned, capsys):
+    """misa_rerank in decode chooses blocks as hisa does; the server asks for the kernels of both."""
+    pytest.importorskip("tilelang")
+    folder = tuned(layers={"1": {"prefill_mode": "native", "decode_mode": "misa_rerank", "block_size": 96}})
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert "layer 1, hisa: block_size=96 is not a multiple of 64" in checks["layers"]["detail"]
+    assert checks["layers"]["status"] == "problem"
+
+
 def test_a_settings_file_of_another_model(healthy, tuned, capsys):
     folder = tuned(tuned_on={"num_layers": 61})
     code, checks, _ = findings(capsys, "--model-path", str(folder))
