@@ -1,7 +1,7 @@
 """Entry point of the image: turns its variables into one `sglang-ext serve` command and becomes that command.
 
-Standard library only: a typo ends the container at once, not after torch has been imported. Every SGLANG_EXT_* variable
-stays as it is; `sglang-ext serve` reads them and refuses unknown ones.
+Standard library only: a typo ends the container at once, not after torch has been imported. SGLANG_EXT_* variables stay
+as they are, empty ones are dropped; `sglang-ext serve` reads them and refuses unknown ones.
 """
 
 import os
@@ -34,6 +34,8 @@ TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Becomes the server. Returns 0 after a dry run, 2 after a wrong variable, 127 where the package is missing."""
+    # Compose and a ConfigMap can hardly leave a variable out; to the settings an empty number would be a wrong one.
+    environ = {name: value for name, value in environ.items() if value.strip() or not name.startswith(SETTINGS)}
     try:
         command = command_of(environ, [argument for argument in argv if argument != "--dry-run"])
         dry_run = "--dry-run" in argv or flag("DRY_RUN", environ.get("DRY_RUN", ""))

@@ -21,11 +21,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+import server_process
 from indexer_kernels.traces import Trace, load_traces, save_traces
 from server_process import Server, launch
 from sglang_ext.cli.parameter_flags import integers, layer_numbers
 
 WAIT_S = 5.0  # for the files of a prompt on a slow shared folder
+# Those of `launch` are for few layers of made-up weights. A whole model takes most of the memory, has its own context
+# limit, and loads for minutes: SGLang's own defaults, and the time that docker/ allows.
+ARGUMENTS = [one for one in server_process.ARGUMENTS if not one.startswith(("--mem-fraction", "--context-length"))]
+START_LIMIT_S = 45 * 60
 
 
 class Prompt:
@@ -57,7 +62,7 @@ def capture(
 ) -> list[Trace]:
     """Send each prompt alone, with nothing cached, and load what the server wrote of it; keep() thins or drops a trace.
 
-    Raises ValueError where the server writes no traces, or writes them elsewhere.
+    Raises ValueError where the server writes no traces, writes them elsewhere, or could not write some layer.
     """
     try:
         settings = server.status()["settings"]
@@ -68,10 +73,14 @@ def capture(
     traces: list[Trace] = []
     for prompt in tqdm(prompts, unit="prompt", disable=quiet or not sys.stderr.isatty()):
         server.flush()
-        before, written = set(folder.glob("*.npz")), server.status()["traces_written"]
+        before, status = set(folder.glob("*.npz")), server.status()
+        written, lost = status["traces_written"], status["traces_skipped"].get("write_error", 0)
         sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
         server.call("/generate", {**prompt.body, "sampling_params": sampling}, timeout=3600)
         status = server.status()
+        if (now_lost := status["traces_skipped"].get("write_error", 0)) > lost:
+            source = prompt.description["source"]
+            raise ValueError(f"the server could not write {now_lost - lost} layers of {source}: its log says why")
         files = _new_files(folder, before, status["traces_written"] - written)
         if not files:
             skipped = ", ".join(f"{reason} {n}" for reason, n in status["traces_skipped"].items()) or "none"
@@ -175,7 +184,16 @@ def run(args: argparse.Namespace, server_arguments: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             settings = {"mode": "native", "trace_dir": folder, "trace_rows": str(args.rows or 16), "strict": "1"}
             log = args.out.with_suffix(".log")
-            with launch(args.model, log, settings, server_arguments, {}, dummy_weights=False) as server:
+            with launch(
+                args.model,
+                log,
+                settings,
+                server_arguments,
+                {},
+                dummy_weights=False,
+                arguments=ARGUMENTS,
+                start_limit_s=START_LIMIT_S,
+            ) as server:
                 traces = capture(server, Path(folder), prompts, keep)
     if not traces:
         raise ValueError("nothing was captured, or --layers and --contexts kept nothing")

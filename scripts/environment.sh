@@ -23,11 +23,12 @@ pip_quiet() { # pip_quiet LOG ARGUMENTS...: the log stays in the cache folder, a
   # No pip cache: it would keep the same gigabytes a second time.
   "$VENV/bin/python" -m pip install --no-cache-dir --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1 && return
   echo "--- end of $log" >&2
-  grep -v "^Location .* is ignored" "$log" | tail -n 30 >&2
+  { grep -v "^Location .* is ignored" "$log" || true; } | tail -n 30 >&2 # pip may have been ended without a word
   fail "pip could not install the $KIND environment (log: $log)"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+# Read to its end: under pipefail `grep -q` would make a failure of the signal that its early exit sends to nvidia-smi.
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep GPU >/dev/null; }
 
 build_environment() {
   local log=$CACHE/build-$KIND.log started=$SECONDS old
@@ -58,6 +59,7 @@ build_environment() {
 link_checkout() {
   local state; state="$PWD $(sha256sum pyproject.toml | cut -c1-16)"
   [ -f "$VENV/checkout" ] && [ "$(cat "$VENV/checkout")" = "$state" ] && return
+  rm -f "$VENV/checkout" # pip removes the old link first: interrupted, there is none
   pip_quiet "$CACHE/build-$KIND.log" --no-deps --no-build-isolation -e .
   echo "$state" >"$VENV/checkout"
 }

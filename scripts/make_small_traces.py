@@ -65,6 +65,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
     args = parser.parse_args()
+    if args.out.suffix != ".npz" or not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out} must end in .npz, in a folder that exists")
     traces = [
         trace
         for length in args.lengths

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no row of the data can measure --modes {','.join(args.modes)}")
     print(_header(data, args.backend, device))
     print(format_table(results))
+    if lost := [mode for mode in dict.fromkeys(args.modes) if mode not in {result.mode for result in results}]:
+        print(f"not measured, no row of the data can tell: {', '.join(lost)}")
     if args.json:
         write_json(args.json, results, params, vars(args), device, data.note)
     if args.plot:

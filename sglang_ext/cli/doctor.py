@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ext.cli import doctor_checks
-from sglang_ext.cli.doctor_checks import Check, Model
-from sglang_ext.cli.model_config import check_tuned_on, read_model_config
-from sglang_ext.settings import Settings, load_settings
+from sglang_ext.cli.doctor_checks import Check
+from sglang_ext.cli.model_config import read_model_config, settings_in_force
+from sglang_ext.settings import Settings
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     checks: list[Check] = []
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # compilers print; stdout is for the findings
-        for check in all_checks(args, settings_check, settings, doctor_checks.model_of(config)):
+        for check in all_checks(args, settings_check, settings, config):
             checks.append(check)
             if not args.json:
                 print(f"{check.status:8} {check.name}: {check.detail}", file=stdout, flush=True)
@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def read_settings(config: dict[str, Any] | None) -> tuple[Settings | None, Check]:
     """The settings in force (defaults < model config < environment), or None with what is wrong with them."""
     try:
-        settings = load_settings(config, os.environ)
-        check_tuned_on(settings, config)
+        settings = settings_in_force(config, os.environ)
     except (ValueError, TypeError) as error:
         return None, Check("settings", "problem", str(error))
     default = Settings()
@@ -70,12 +69,15 @@ def read_settings(config: dict[str, Any] | None) -> tuple[Settings | None, Check
 
 
 def all_checks(
-    args: argparse.Namespace, settings_check: Check, settings: Settings | None, model: Model
+    args: argparse.Namespace, settings_check: Check, settings: Settings | None, config: dict[str, Any] | None
 ) -> Iterator[Check]:
-    """Every finding, cheap ones first."""
+    """Every finding, cheap ones first. config: the model's, where one was named."""
+    model = doctor_checks.model_of(config)
     yield doctor_checks.check_torch()
     yield doctor_checks.check_gpu()
     yield doctor_checks.check_sglang()
+    if config is not None:
+        yield doctor_checks.check_model(config)
     yield settings_check
     yield doctor_checks.check_hooks(settings is not None and settings.runtime_switch)
     if settings is None:

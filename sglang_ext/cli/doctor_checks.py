@@ -99,9 +99,23 @@ class Model(NamedTuple):
 
 
 def model_of(config: dict[str, Any] | None) -> Model:
-    """Raises ValueError where the config's values are no numbers."""
-    config = config or {}
-    return Model(int(config.get("index_n_heads", 64)), int(config.get("index_topk", 2048)))
+    """Raises ValueError naming a value of the config that is no number."""
+    values = {"index_n_heads": 64, "index_topk": 2048} | (config or {})
+    for name in ("index_n_heads", "index_topk"):
+        if type(values[name]) is not int:
+            raise ValueError(f"the model config's {name}={values[name]!r} must be an integer")
+    return Model(values["index_n_heads"], values["index_topk"])
+
+
+def check_model(config: dict[str, Any]) -> Check:
+    """Whether the model's config names an indexer that the plugin serves; its text part's, where it has parts."""
+    part = config.get("text_config")
+    fields = config | part if isinstance(part, dict) else config
+    if fields.get("index_topk") is None:  # what SGLang tells models of DeepSeek sparse attention by
+        return Check("model", "problem", f"{policy.UNSUPPORTED['no_indexer']}: its config has no index_topk")
+    if (dim := fields.get("index_head_dim", 128)) != 128:
+        return Check("model", "problem", f"{policy.UNSUPPORTED['head_dim']} (index_head_dim={dim})")
+    return Check("model", "ok", f"index_topk={fields['index_topk']}")
 
 
 def check_phase(phase: str, settings: Settings, model: Model) -> Check:
@@ -132,7 +146,8 @@ def check_layers(settings: Settings, model: Model) -> Check:
         own = settings.of_layer(number)
         modes = {phase: policy.mode_to_try(phase, own) if asks(phase, own) else "native" for phase in PHASES}
         shown.append(f"{number}: {'/'.join(modes.values())}")
-        for mode in dict.fromkeys(mode for mode in modes.values() if mode != "native"):
+        asked = [phase for phase in PHASES if modes[phase] != "native"]
+        for mode in dict.fromkeys(mode for phase in asked for mode in policy.kernel_modes(phase, own)):
             if (refusal := kernel_refusal(mode, own, model)) is not None:
                 refusals.append(f"layer {number}, {mode}: {refusal}")
     detail = f"prefill/decode of layers with settings of their own: {', '.join(shown)}"

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_ext.settings import Settings
-from sglang_ext.settings_file import read_settings_file
+from sglang_ext.model_settings import settings_of_model
+from sglang_ext.settings import Settings, load_settings
 
 
 def model_config_of(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -29,11 +29,16 @@ def read_model_config(folder: Path) -> dict[str, Any] | None:
     return _parse(path.read_text(), str(path)) if path.is_file() else None
 
 
-def check_tuned_on(settings: Settings, config: Mapping[str, Any] | None) -> None:
-    """Raises ValueError where the settings' file does not belong to the model of this config."""
-    if settings.settings_file is not None and config:
-        facts = (config.get(name) for name in ("num_hidden_layers", "index_n_heads", "index_topk"))
-        read_settings_file(settings.settings_file).check_model(*facts)
+def settings_in_force(config: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of a server with these variables and, where it is known, this model config.
+
+    Raises ValueError for what the server would end on, in its two steps: the variables alone, then with the config.
+    """
+    settings = load_settings(None, environ)
+    if not config:
+        return settings
+    shape: list[Any] = [config.get(name) for name in ("index_n_heads", "index_topk")]  # None: not compared
+    return settings_of_model(settings, config, environ, *shape)
 
 
 def value_of(arguments: Sequence[str], option: str) -> str | None:

@@ -47,6 +47,8 @@ def check_outputs(json_file: Path | None, plot: Path | None) -> None:
     for path in (json_file, plot):
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist")
+        if path and path.is_dir():
+            raise ValueError(f"{path} is a folder, it must be the name of a file")
     if plot:
         try:
             import matplotlib  # noqa: F401  (only asked whether it is there)

@@ -8,8 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from sglang_ext.cli.model_config import check_tuned_on, model_config_of
-from sglang_ext.settings import load_settings
+from sglang_ext.cli.model_config import model_config_of, settings_in_force
 
 PREFIX = "SGLANG_EXT_"
 PLUGIN = "sglang_ext"
@@ -41,8 +40,7 @@ def run(args: argparse.Namespace, passed_on: Sequence[str]) -> int:
     settings = settings_of(args)
     environ = {**os.environ, **settings}
     check_whitelist(environ)
-    config = model_config_of(passed_on)
-    check_tuned_on(load_settings(config, environ), config)  # a typo ends here, not after a model has loaded
+    settings_in_force(model_config_of(passed_on), environ)  # a typo ends here, not after a model has loaded
     command = [sys.executable, "-m", "sglang.launch_server", *passed_on]
     if args.dry_run:
         ours = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}

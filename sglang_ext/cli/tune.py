@@ -62,23 +62,23 @@ def run(args: argparse.Namespace) -> int:
     seen = recalls(samples, grid, args, quiet)
     measured = [one for one in seen if option_of(one.mode, one.params) not in refused]
     found, target = gather(measured), Target(args.recall_target, args.recall_min)
-    contexts: dict[int, set[int]] = {}
-    for sample in samples:
-        contexts.setdefault(sample.layer or 0, set()).add(sample.context)
-    able = {layer: passing(found.get(layer, {}), target, own) for layer, own in contexts.items()}
+    # Of all layers: one that was not traced at the longest prompts would run there what nobody has measured.
+    contexts = {sample.context for sample in samples}
+    layers = sorted({sample.layer or 0 for sample in samples})
+    able = {layer: passing(found.get(layer, {}), target, contexts) for layer in layers}
     if how is None:
         costs = formula_costs(measured)
     else:
         with tqdm(total=len(samples), file=sys.stderr, disable=quiet, desc="time", unit="trace") as bar:
             costs = time_costs(samples, able, base, how, bar.update)
-    choices = [choose_layer(layer, found.get(layer, {}), target, own, costs) for layer, own in sorted(contexts.items())]
+    choices = [choose_layer(layer, found.get(layer, {}), target, contexts, costs) for layer in layers]
     facts: dict[str, Any] = {
         "model": traces[0].model,
         "num_layers": num_layers,
         "heads": model.heads,
         "top_k": model.top_k,
         "recall_target": target._asdict(),
-        "contexts": sorted({sample.context for sample in samples}),
+        "contexts": sorted(contexts),
         "traces": len(samples),
         "cost": FORMULA if how is None else how.note,
         "share_of_native": round(sum(choice.share for choice in choices) / len(choices), 4),

@@ -116,7 +116,7 @@ def choose_layer(
         return Choice(layer, None, None, 0, 1.0, f"nothing meets {_shown(target)}: {_closest(found, contexts)}")
     choices = [_priced(layer, option, found[option], {c: costs[layer, option, c] for c in contexts}) for option in able]
     best = min(choices, key=lambda choice: (choice.share, -(choice.found.mean if choice.found else 0)))
-    if best.share >= 1:
+    if not best.from_context:
         return Choice(layer, None, None, 0, 1.0, f"{best.why}, and costs no less than native at the longest context")
     return best
 
@@ -128,7 +128,8 @@ def _priced(layer: int, option: Option, found: Found, costs: Mapping[int, Cost])
         pays = pays and costs[context].option < costs[context].native
         start = context if pays else start
         spent += costs[context].option if pays else costs[context].native
-    share = spent / sum(one.native for one in costs.values())
+    # Exactly 1 where it pays nowhere: the same numbers added in another order need not give the same sum.
+    share = spent / sum(one.native for one in costs.values()) if start else 1.0
     return Choice(layer, option, found, start, share, f"{option.shown}: {found.shown} of {found.rows} rows")
 
 

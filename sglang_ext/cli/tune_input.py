@@ -28,6 +28,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--candidate-unit page: auto does not run misa_rerank by pages (docs/quality.md)")
     check_outputs(args.json, None)
     check_outputs(args.out, None)
+    if args.json and args.json.resolve() == args.out.resolve():
+        raise ValueError(f"--json {args.json} is the file of --out: it would replace the settings")
 
 
 def grid_of(args: argparse.Namespace) -> list[IndexerParams]:

@@ -1,7 +1,10 @@
 """The Dockerfile, its ignore file and the shell scripts beside it: what linters say, and what they do not look at."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +46,30 @@ def test_health_check_asks_the_port_of_the_entry_point():
     port = script("entrypoint").DEFAULTS["PORT"]
     assert f"${{PORT:-{port}}}/health" in check
     assert texts_of("EXPOSE") == [port]
+
+
+CACHES = """
+import os
+from sglang.kernels.jit.utils.compile.cache import cache_root
+from sglang.srt.environ import envs, redirect_third_party_caches
+
+redirect_third_party_caches()
+print(cache_root(), envs.SGLANG_CACHE_DIR.get(), envs.SGLANG_DG_CACHE_DIR.get(), os.environ["HF_HOME"], sep="\\n")
+for name in ("TRITON", "TORCHINDUCTOR", "TILELANG"):
+    print(os.environ[f"{name}_CACHE_DIR"])
+print(os.environ["FLASHINFER_WORKSPACE_BASE"])
+"""
+
+
+def test_sglang_keeps_what_it_compiles_in_the_volume():
+    """As SGLang itself resolves its folders: one that stays in the container is compiled again after every restart."""
+    pytest.importorskip("sglang", reason="the sglang extra is not installed")
+    set_here = dict(word.split("=", 1) for text in texts_of("ENV") for word in text.split())
+    unset = {name: value for name, value in os.environ.items() if "CACHE" not in name and "WORKSPACE" not in name}
+    done = subprocess.run([sys.executable, "-c", CACHES], env=unset | set_here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = done.stdout.split()[-8:]
+    assert len(folders) == 8 and all(folder.startswith("/var/cache/sglang-ext/") for folder in folders), folders
 
 
 def test_labels():

@@ -59,6 +59,14 @@ def test_empty_variables_are_unset():
     assert command(HUB | dict.fromkeys(set(ENTRYPOINT.VARIABLES) - set(HUB), "")) == command(HUB)
 
 
+def test_empty_settings_are_unset_too():
+    settings = {"SGLANG_EXT_STRICT": "", "SGLANG_EXT_ACTIVE_HEADS": " ", "SGLANG_EXT_CANDIDATES": "4096"}
+    done = run(HUB | settings, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["SGLANG_EXT_CANDIDATES=4096", "sglang-ext", "serve"] and "--strict" in words
+
+
 def test_arguments_pass_through_last():
     extra = """--served-model-name 'a name' --json-model-override-args '{"a": "$HOME"}'"""
     words = command(HUB | {"EXTRA_ARGS": extra}, "--context-length", "131072", "--x=y z")

@@ -4,6 +4,7 @@ import dataclasses
 
 import yaml
 
+from sglang_ext.layer_values import ALLOWED
 from sglang_ext.settings import Settings, load_settings
 from tests.docker.image_files import DOCKER, script, texts_of
 
@@ -43,6 +44,11 @@ def test_settings_are_known_and_accepted():
     assert "--strict" in ENTRYPOINT.command_of(VALUES | {"MODEL_PATH": "org/name"}, [])
     assert SERVER["envFrom"] == [{"configMapRef": {"name": the("ConfigMap")["metadata"]["name"]}}]
     assert "env" not in SERVER and "command" not in SERVER, "the entry point and the ConfigMap say everything"
+
+
+def test_nothing_is_set_that_a_settings_file_tunes():
+    """A variable replaces what `sglang-ext tune` found for single layers, and what is measured for other models."""
+    assert not {name.removeprefix("SGLANG_EXT_").lower() for name in VALUES} & set(ALLOWED) - {"mode"}
 
 
 def test_no_service_becomes_a_setting():

@@ -115,3 +115,12 @@ def test_tasks_without_a_generator_are_refused(monkeypatch, tmp_path, capsys, mo
         source = "--model" if module is make_small_traces else "--tokenizer"
         run(monkeypatch, module, source, CHECKPOINT, "--tasks", "qa_1", "--out", tmp_path / "none.npz")
     assert "invalid choice: 'qa_1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["traces.json", "nowhere/traces.npz"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, name, monkeypatch, capsys):
+    monkeypatch.setattr(make_small_traces, "traces_of", lambda *args: pytest.fail("worked for minutes"))
+    monkeypatch.setattr(sys, "argv", ["make_small_traces", "--model", "m", "--out", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as ended:
+        make_small_traces.main()
+    assert ended.value.code == 2 and "must end in .npz, in a folder that exists" in capsys.readouterr().err

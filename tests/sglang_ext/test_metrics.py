@@ -199,6 +199,13 @@ def test_panels_are_whole(panel):
             assert shown == grouped - {"le"}, "a legend names what tells its series apart"
 
 
+def test_a_fallback_at_graph_capture_is_shown():
+    """It is counted before the first scrape and never again: increase() and rate() of it are 0 for good."""
+    shown = [t["expr"] for p in DASHBOARD["panels"] if p["type"] == "stat" for t in p["targets"]]
+    (fallbacks,) = [expression for expression in shown if "fallbacks_total" in expression]
+    assert not re.search(r"\b(increase|rate|irate|delta)\(", fallbacks)
+
+
 def test_panels_do_not_overlap():
     cells = [
         (x, y)

@@ -35,19 +35,24 @@ class FakeServer(server_process.Server):
     def __init__(self, folder: Path | None, url: str = "http://here") -> None:
         super().__init__(url, 0.0)
         self.folder, self.log, self.written = folder, [], 0
+        self.skipped = {"several_requests": 4}
+        self.full_disk_from: int | None = None  # files written until the disk is full
 
     def flush(self) -> None:
         self.log.append("flush")
 
     def status(self) -> dict[str, Any]:
         settings = {"trace_dir": None if self.folder is None else str(self.folder)}
-        return {"settings": settings, "traces_written": self.written, "traces_skipped": {"several_requests": 4}}
+        return {"settings": settings, "traces_written": self.written, "traces_skipped": self.skipped}
 
     def call(self, path: str, body: Any = None, timeout: float = 600) -> Any:
         assert path == "/generate" and body["sampling_params"]["max_new_tokens"] == 1
         self.log.append(body.get("text") or body["input_ids"])
         tokens = len(body.get("text") or body["input_ids"])
         for layer in (0, 1) if tokens > 64 else ():
+            if self.written == self.full_disk_from:
+                self.skipped["write_error"] = self.skipped.get("write_error", 0) + 1
+                continue
             self.written += 1
             name = f"trace_{self.written:05d}_layer{layer:02d}_{tokens}.npz"
             save_traces(self.folder / name, [trace(tokens, layer, {"number": 1, "cached_tokens": 7})])
@@ -123,6 +128,9 @@ def test_a_model_is_served_with_its_own_weights(prompts, tmp_path, monkeypatch):
     base = ["--model", "some/model", "--prompts", str(prompts), "--out", str(tmp_path / "out.npz")]
     assert capture_traces.main([*base, "--rows", "5", "--tp-size", "8"]) == 0
     assert seen["extra"] == ["--tp-size", "8"] and seen["dummy_weights"] is False
+    assert seen["start_limit_s"] >= 45 * 60, "a model of 700 GB loads for longer than dummy layers"
+    assert not [one for one in seen["arguments"] if one.startswith(("--mem-fraction-static", "--context-length"))]
+    assert "--chunked-prefill-size=8192" in seen["arguments"]
     assert seen["settings"].items() >= {"mode": "native", "trace_rows": "5"}.items()
     assert not Path(seen["settings"]["trace_dir"]).exists(), "its own traces folder is gone with the server"
     assert len(load_traces(tmp_path / "out.npz")[0].positions) == 5
@@ -207,6 +215,14 @@ def test_a_trace_dir_that_is_not_the_servers(served, prompts, tmp_path, monkeypa
     assert "the server wrote 2 traces, 0 are in --trace-dir" in capsys.readouterr().err
     assert capture_traces.main([*base, "--trace-dir", str(tmp_path / "none")]) == 2
     assert "must be the folder that the server at --url writes traces to" in capsys.readouterr().err
+
+
+def test_a_layer_that_could_not_be_written_is_an_error(served, prompts, tmp_path, capsys):
+    """Its prompt's other layers are there: without it tune would take the layer for one that has no indexer."""
+    served.full_disk_from = 3
+    assert capture(served, prompts, tmp_path / "out.npz") == 2
+    assert "the server could not write 1 layers of prompts.jsonl:3: its log says why" in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
 
 
 # Recall

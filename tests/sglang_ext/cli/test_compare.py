@@ -183,6 +183,8 @@ def test_a_mode_that_no_row_can_measure(tmp_path, capsys):
     save_traces(tmp_path / "a.npz", [alone])
     assert main(["compare", *TINY, "--data", str(tmp_path / "a.npz"), "--modes", "group_rerank"]) == 2
     assert "no row of the data can measure --modes group_rerank" in capsys.readouterr().err
+    assert main(["compare", *TINY, "--data", str(tmp_path / "a.npz"), "--modes", "misa,group_rerank"]) == 0
+    assert "not measured, no row of the data can tell: group_rerank\n" in capsys.readouterr().out
 
 
 LENGTH = 131072

@@ -74,7 +74,9 @@ def test_bad_settings_are_a_problem(healthy, capsys, monkeypatch):
 
 
 def test_settings_of_the_model_config(healthy, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"sglang_ext": {"mode": "hisa"}, "index_n_heads": 32}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"sglang_ext": {"mode": "hisa"}, "index_n_heads": 32, "index_topk": 2048})
+    )
     code, checks, content = findings(capsys, "--model-path", str(tmp_path))
     assert code == 0 and content["settings"]["mode"] == "hisa"
 
@@ -105,12 +107,44 @@ def test_layers_of_a_settings_file(healthy, tuned, capsys):
     ]
 
 
+def test_what_a_layers_decode_runs_beside_its_mode(healthy, tuned, capsys):
+    """misa_rerank in decode chooses blocks as hisa does; the server asks for the kernels of both."""
+    pytest.importorskip("tilelang")
+    folder = tuned(layers={"1": {"prefill_mode": "native", "decode_mode": "misa_rerank", "block_size": 96}})
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert "layer 1, hisa: block_size=96 is not a multiple of 64" in checks["layers"]["detail"]
+    assert checks["layers"]["status"] == "problem"
+
+
 def test_a_settings_file_of_another_model(healthy, tuned, capsys):
     folder = tuned(tuned_on={"num_layers": 61})
     code, checks, _ = findings(capsys, "--model-path", str(folder))
     assert code == 1 and "tuned_on.num_layers=61, but the served model has 3" in checks["settings"]["detail"]
     code, checks, _ = findings(capsys, "--skip-kernels")
     assert checks["settings"]["status"] == "ok", "without a model there is nothing to compare"
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "detail"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "problem", "no indexer of DeepSeek sparse attention"),
+        ({"index_topk": 2048, "index_head_dim": 64}, "problem", "head dim is not 128 (index_head_dim=64)"),
+        ({"index_topk": 2048, "index_head_dim": 128}, "ok", "index_topk=2048"),
+        ({"text_config": {"index_topk": 1024}}, "ok", "index_topk=1024"),
+    ],
+)
+def test_a_model_that_the_plugin_does_not_serve(healthy, config, status, detail, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, checks, _ = findings(capsys, "--model-path", str(tmp_path))
+    assert checks["model"]["status"] == status and detail in checks["model"]["detail"]
+    assert code == (status == "problem")
+
+
+def test_layers_that_the_model_lacks(healthy, tuned, capsys, monkeypatch):
+    folder = tuned(layers={})
+    monkeypatch.setenv("SGLANG_EXT_NATIVE_LAYERS", "0,3")
+    code, checks, _ = findings(capsys, "--model-path", str(folder))
+    assert code == 1 and "native_layers: the model has no layer 3" in checks["settings"]["detail"]
 
 
 def test_missing_model_config_is_a_user_error(tmp_path, capsys):
@@ -167,6 +201,14 @@ def test_kernels_need_a_compiler(monkeypatch):
 def test_shape_comes_from_the_model():
     assert model_of({"index_n_heads": 32, "index_topk": 1024}) == Model(32, 1024)
     assert model_of({}) == model_of(None) == Model(64, 2048)
+
+
+@pytest.mark.parametrize("value", [None, "64", 64.5])
+def test_a_shape_that_is_no_number_is_one_line(healthy, value, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"index_n_heads": value}))
+    assert main(["doctor", "--model-path", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"index_n_heads={value!r} must be an integer" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

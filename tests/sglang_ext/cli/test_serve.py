@@ -108,6 +108,24 @@ def test_a_wrong_settings_file_ends_before_the_server(content, message, tmp_path
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "override", "message"),
+    [
+        ("native_layers=0-5", {}, "native_layers: the model has no layer 3, its layers are 0 to 2"),
+        ("strict=1", {"layers": {"7": {"mode": "native"}}}, "layers: the model has no layer 7"),
+        ("mode=hisa", {"runtime_switch": True}, "set SGLANG_EXT_RUNTIME_SWITCH=1"),
+        ("guard_overlap=0.5", {"shadow_rate": 0.1}, "set shadow_rate too"),  # read before the model is
+    ],
+)
+def test_what_the_server_would_refuse_ends_before_it(setting, override, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("started a server"))
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
+    more = ["--json-model-override-args", json.dumps({"sglang_ext": override})]
+    assert main(["serve", "--set", setting, "--model-path", str(tmp_path), *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("allowed", "code"), [("other", 2), ("other, sglang_ext", 0), ("", 0)])
 def test_plugin_whitelist(allowed, code, capsys, monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", allowed)

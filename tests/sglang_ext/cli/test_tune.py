@@ -130,6 +130,16 @@ def test_modes_without_a_row_to_measure_are_named(traces, out, capsys):
     assert {entry["prefill_mode"] for entry in content["layers"].values()} <= {"hisa", "native"}
 
 
+def test_a_layer_that_was_not_traced_at_every_context_is_native(out, tmp_path):
+    """Its mode would run at all prompts from prefill_min_tokens on, the longest included."""
+    save_traces(tmp_path / "a.npz", [trace(0, 3000), trace(0, 6000), trace(1, 3000)])
+    content = tuned(out, str(tmp_path / "a.npz"), *CHEAP, "--recall-target", "0", "--recall-min", "0")
+    assert content["tuned_on"]["contexts"] == [3072, 6144]
+    assert content["layers"]["0"]["prefill_mode"] != "native"
+    assert content["layers"]["1"]["prefill_mode"] == "native"
+    assert "no mode was measured at every context" in content["layers"]["1"]["why"]
+
+
 def test_options_that_no_server_runs_are_left_out(traces, out, capsys):
     pytest.importorskip("tilelang")
     content = tuned(out, traces, *CHEAP, "--active-heads", "5", "--recall-target", "0", "--recall-min", "0")
@@ -186,6 +196,21 @@ def test_a_config_that_does_not_fit(traces, out, tmp_path, config, said, capsys)
     (tmp_path / "config.json").write_text(json.dumps(config))
     tuned(out, traces, *CHEAP, "--model-path", str(tmp_path), code=2)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--out"])
+def test_a_folder_is_no_file_to_write(traces, out, tmp_path, flag, capsys, monkeypatch):
+    """Told before anything is measured, not after."""
+    monkeypatch.setattr(tune, "recalls", lambda *args: pytest.fail("measured"))
+    assert main(["tune", "--traces", traces, "--out", str(out), *CHEAP, flag, str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder, it must be the name of a file" in capsys.readouterr().err
+
+
+def test_the_record_does_not_replace_the_settings(traces, out, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "recalls", lambda *args: pytest.fail("measured"))
+    monkeypatch.chdir(out.parent)
+    assert main(["tune", "--traces", traces, "--out", str(out), *CHEAP, "--json", out.name]) == 2
+    assert f"--json {out.name} is the file of --out" in capsys.readouterr().err
 
 
 def test_traces_of_two_models(out, tmp_path, capsys):

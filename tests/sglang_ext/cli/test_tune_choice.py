@@ -84,3 +84,13 @@ def test_native_where_nothing_finds_enough():
 def test_native_where_nothing_is_cheaper():
     choice = choose_layer(5, {MISA: found(at_100=[1.0])}, TARGET, {100}, costs({100: 10.0}, misa={100: 10.0}))
     assert choice.option is None and "costs no less than native" in choice.why
+
+
+def test_native_where_nothing_is_cheaper_in_any_order_of_addition():
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1: an option that pays nowhere must not pass for a cheaper one."""
+    native = {400: 0.3, 200: 0.2, 100: 0.1}
+    dearer = {context: 2 * cost for context, cost in native.items()}
+    for own in ([100, 200, 400], [400, 200, 100]):
+        recall = {f"at_{context}": [1.0] for context in native}
+        choice = choose_layer(5, {MISA: found(**recall)}, TARGET, own, costs(native, misa=dearer))
+        assert (choice.option, choice.share) == (None, 1.0)
