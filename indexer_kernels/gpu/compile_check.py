@@ -136,17 +136,25 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
 def _token_builders(
     mode: str, budget: int, forced: tuple[int, int], num_heads: int, active: int
 ) -> dict[str, Callable[[], object]]:
-    """Cache slots for output, as SGLang has them."""
+    """Slots for a server, and positions for `select_rows` and where SGLang asks for them: topk_transform_method RAGGED,
+    top-k that is not fused.
+    """
     builders: dict[str, Callable[[], object]] = {
         f"routed_scores {form}": functools.partial(routed_scores_kernel.build, active, form, H200_SMS)
         for form in ("scores", "mask")
     }
     builders |= _sample_builders(mode, budget, forced)
-    builders[f"{mode} candidate_list"] = functools.partial(
-        bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, False
-    )
     builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
-    builders[f"{mode} rescan_choice"] = functools.partial(rescan_kernel.compile_choice, active, budget, *forced, False)
+    for positions in (False, True):
+        name = "position" if positions else "slot"
+        builders |= {
+            f"{mode} candidate_list {name}": functools.partial(
+                bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, positions, False
+            ),
+            f"{mode} rescan_choice {name}": functools.partial(
+                rescan_kernel.compile_choice, active, budget, *forced, positions
+            ),
+        }
     builders[f"{mode} token_scores"] = functools.partial(
         token_scores_kernel.build, active if mode == "misa" else num_heads, 1
     )
