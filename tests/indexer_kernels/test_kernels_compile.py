@@ -12,6 +12,7 @@ pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 from indexer_kernels.gpu import (
     bit_list_kernel,
     block_score_kernel,
+    compile_check,
     decode_scores_kernel,
     group_scan_kernel,
     head_route_kernel,
@@ -195,7 +196,7 @@ def test_what_a_routed_mode_compiles(mode, unit, names):
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_a_list_finds_what_was_compiled_ahead_of_it(positions, monkeypatch):
-    """By the very arguments that `functools.cache` compares: positions are asked for where SGLang's top-k is unfused."""
+    """By the very arguments that `functools.cache` compares; positions are for top-k that is not fused."""
     asked, params = [], IndexerParams()
 
     def build(*setting):
@@ -214,6 +215,28 @@ def test_a_list_finds_what_was_compiled_ahead_of_it(positions, monkeypatch):
         row.new_zeros(unit), row, row, row, row, row.view(1, -1), lists, params.candidates, *forced
     )
     assert asked[-1] in ahead
+
+
+def test_scans_are_compiled_for_the_sms_of_the_device(monkeypatch):
+    """As a call asks for them: an H20 has 78 SMs, and must not compile its scans again during the first prompt."""
+    asked = []
+    for module in (routed_scores_kernel, group_scan_kernel):
+        monkeypatch.setattr(module, "build", lambda *setting: asked.append(setting))
+    params = IndexerParams(candidate_unit="page")
+
+    def compile_scans():
+        asked.clear()
+        for mode, setting in (("misa_rerank", params), ("misa", params), ("group_rerank", params)):
+            for name, build in kernel_builders(setting, 64, (mode,)).items():
+                if name.startswith(("routed_scores", "group_scan")):
+                    build()
+        return {setting[-1] for setting in asked}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compile_scans() == {H200_SMS} and len(asked) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compile_check, "num_sms", lambda device: 78 if device.type == "cuda" else 0)
+    assert compile_scans() == {78}
 
 
 def test_what_hisa_compiles():
