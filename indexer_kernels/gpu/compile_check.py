@@ -71,7 +71,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     if "misa_rerank" in modes or "hisa" in modes:
         builders |= _decode_builders(params, num_heads, modes)
     by_pages = "misa_rerank" in modes and params.candidate_unit == "page"
-    if torch.cuda.is_available() and (by_pages or "hisa" in modes):
+    if torch.cuda.is_available() and (by_pages or "hisa" in modes or "native" in modes):
         builders["DeepGEMM schedulers"] = functools.partial(_compile_schedulers, num_heads)
     return builders
 

@@ -90,6 +90,7 @@ def test_every_size_is_compiled_ahead_while_sglang_builds_the_model(monkeypatch)
         ("misa_rerank", "page", True),
         ("misa_rerank", "token", False),
         ("misa", "token", False),
+        ("native", "token", True),
     ],
 )
 def test_schedulers_are_compiled_for_the_modes_that_call_deep_gemm(monkeypatch, mode, unit, needed):
