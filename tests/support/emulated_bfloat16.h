@@ -54,8 +54,8 @@ struct SumOp {
 };
 template <class Op, int THREADS, int SCALE, int OFFSET, class Barrier> struct AllReduce {
   static float run(float value) {
-    static_assert(THREADS <= 32 && SCALE == 1);
-    for (int d = THREADS / 2; d; d /= 2) {
+    static_assert(THREADS <= 32);
+    for (int d = THREADS / 2; d >= SCALE; d /= 2) {
       uint bits;
       memcpy(&bits, &value, 4);
       bits = __shfl_xor_sync(~0u, bits, d, 32);

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-from indexer_kernels.gpu import bit_list_kernel, group_scan_kernel, head_route_kernel, sample_threshold_kernel
+from indexer_kernels.gpu import (
+    bit_list_kernel,
+    group_scan_kernel,
+    head_route_kernel,
+    routed_scores_kernel,
+    sample_threshold_kernel,
+)
 from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.sm90a import lower
 
@@ -44,8 +50,7 @@ def emulated(
     arguments = ", ".join(f"{n}_" for n in names)
     entry += "  return emulated::launch(grid_rows * grid_columns, grid_columns, "
     entry += f"{threads}, [] {{ {name}({arguments}); }});\n}}\n"
-    used = ("cuda", "hopper", *(["bfloat16"] if "bfloat16_t" in source else []))
-    headers = [Path(__file__).with_name(f"emulated_{name}.h").read_text() for name in used]
+    headers = [Path(__file__).with_name(f"emulated_{name}.h").read_text() for name in ("cuda", "hopper", "bfloat16")]
     function = _compiled("\n".join([*headers, source, entry]))
 
     def call(*values: torch.Tensor | int) -> None:
@@ -117,3 +122,10 @@ def build_head_route(num_heads: int, *setting: int | str) -> Callable[..., None]
     prim_func = head_route_kernel.head_route_prim_func(num_heads, *setting)
     parts = TILE_ROWS * num_heads // head_route_kernel.HEADS
     return emulated(prim_func, head_route_kernel.CONFIGS, lambda _dims: parts, lambda dims: dims["num_tiles"])
+
+
+@functools.cache
+def build_routed_scores(active_heads: int, form: str, num_sms: int) -> Callable[..., None]:
+    """In place of `routed_scores_kernel.build`."""
+    prim_func = routed_scores_kernel.routed_scores_prim_func(active_heads, form, num_sms)
+    return emulated(prim_func, routed_scores_kernel.configs(form), lambda _dims: num_sms)
