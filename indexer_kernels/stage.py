@@ -44,8 +44,8 @@ def select_rows(
 
     q [>= M, H, 128] float8_e4m3fn and weights [>= M, H] float32 (rows past the plan's are padding and ignored), k_pages
     [P, 8448] uint8, page_table [R, W] int32 with R the plan's requests, output "position" (in the request) or "slot"
-    (page id * 64 + position % 64). The first M rows of out [>= M, top_k] int32 are filled in place, and out is
-    returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step.
+    (page id * 64 + position % 64). The first M rows of out [>= M, top_k] int32, contiguous, are filled in place, and
+    out is returned; without it a new tensor is. top_k_kernel replaces torch.topk as the gpu backend's last step.
 
     page_means [P, 128] bfloat16 holds the mean of every full page that some row sees (`indexer_kernels.page_means`).
     hisa reads them in place of keys, with the same selection. misa_rerank, which takes them for decode alone (a plan
@@ -66,6 +66,8 @@ def select_rows(
     if out is None:
         out = torch.empty((plan.num_rows, params.top_k), dtype=torch.int32, device=q.device)
     check_tensor("out", out, torch.int32, (None, params.top_k), q.device)
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if out.shape[0] < plan.num_rows:
         raise ValueError(f"out has {out.shape[0]} rows, must have at least the plan's {plan.num_rows}")
     if page_means is not None:

@@ -143,8 +143,12 @@ def mode_to_try(phase: str, settings: Settings) -> str:
 
 
 def kernel_modes(phase: str, settings: Settings) -> tuple[str, ...]:
-    """The modes whose kernels `mode_to_try` runs: from stored statistics misa_rerank chooses blocks as hisa does."""
+    """The modes whose kernels `mode_to_try` runs: from stored statistics misa_rerank chooses blocks as hisa does, and
+    the tail rows of a prompt that runs a mode are this package's native.
+    """
     mode = mode_to_try(phase, settings)
+    if phase == "prefill" and settings.native_tail_rows and mode != "native":
+        return mode, "native"
     return (mode, AUTO_DECODE) if phase == "decode" and mode == "misa_rerank" else (mode,)
 
 

@@ -24,11 +24,12 @@ from indexer_kernels.gpu import (
     sample_threshold_kernel,
     token_scores_kernel,
 )
+from indexer_kernels.gpu.work import num_sms
 from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
 from indexer_kernels.row_plan import TILE_ROWS
 
-H200_SMS = 132
+H200_SMS = 132  # what a scan is compiled for where no GPU says how many it has
 GPU_MODES = ("misa", "misa_rerank", "hisa", "group_rerank")
 
 
@@ -52,7 +53,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     if "misa" in modes:
         builders |= _token_builders("misa", params.top_k, (0, 0), num_heads, active)
     if "misa_rerank" in modes and params.candidate_unit == "page":
-        builders["routed_scores maxima"] = lambda: routed_scores_kernel.build(active, "maxima", H200_SMS)
+        builders["routed_scores maxima"] = _scan_builder(routed_scores_kernel.build, active, "maxima")
         builders |= _select_builders("page_select", params.candidates // 64, 1, 4, params.local_tokens)
     elif "misa_rerank" in modes:
         forced = (PAGE_TOKENS, params.local_tokens)
@@ -70,7 +71,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     if "misa_rerank" in modes or "hisa" in modes:
         builders |= _decode_builders(params, num_heads, modes)
     by_pages = "misa_rerank" in modes and params.candidate_unit == "page"
-    if torch.cuda.is_available() and (by_pages or "hisa" in modes):
+    if torch.cuda.is_available() and (by_pages or "hisa" in modes or "native" in modes):
         builders["DeepGEMM schedulers"] = functools.partial(_compile_schedulers, num_heads)
     return builders
 
@@ -98,6 +99,11 @@ def _decode_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]
     )
 
 
+def _scan_builder(build: Callable[..., object], *setting: int | str) -> Callable[[], object]:
+    """A scan is compiled for the number of SMs: another Hopper than an H200 has another."""
+    return lambda: build(*setting, num_sms(torch.device("cuda")) if torch.cuda.is_available() else H200_SMS)
+
+
 def _compile_schedulers(num_heads: int) -> None:
     """DeepGEMM compiles at a call, which needs a GPU."""
     from indexer_kernels.gpu.deep_gemm_logits import compile_schedulers
@@ -109,8 +115,7 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
     """The group's size in prefill, single rows in decode; positions for `select_rows`, slots for a server."""
     budget, group, forced = params.candidates, params.group, (PAGE_TOKENS, params.local_tokens)
     builders: dict[str, Callable[[], object]] = {
-        f"group_scan {form}": functools.partial(group_scan_kernel.build, num_heads, form, H200_SMS)
-        for form in ("scores", "mask")
+        f"group_scan {form}": _scan_builder(group_scan_kernel.build, num_heads, form) for form in ("scores", "mask")
     }
     builders |= _sample_builders("group", budget, forced)
     builders["group rescan_scores"] = functools.partial(rescan_kernel.compile_scores, num_heads, True)
@@ -136,17 +141,24 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
 def _token_builders(
     mode: str, budget: int, forced: tuple[int, int], num_heads: int, active: int
 ) -> dict[str, Callable[[], object]]:
-    """Cache slots for output, as SGLang has them."""
+    """Slots for a server, and positions for `select_rows` and where SGLang asks for them: topk_transform_method RAGGED,
+    top-k that is not fused.
+    """
     builders: dict[str, Callable[[], object]] = {
-        f"routed_scores {form}": functools.partial(routed_scores_kernel.build, active, form, H200_SMS)
-        for form in ("scores", "mask")
+        f"routed_scores {form}": _scan_builder(routed_scores_kernel.build, active, form) for form in ("scores", "mask")
     }
     builders |= _sample_builders(mode, budget, forced)
-    builders[f"{mode} candidate_list"] = functools.partial(
-        bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, False
-    )
     builders["rescan_scores"] = functools.partial(rescan_kernel.compile_scores, active)
-    builders[f"{mode} rescan_choice"] = functools.partial(rescan_kernel.compile_choice, active, budget, *forced, False)
+    for positions in (False, True):
+        name = "position" if positions else "slot"
+        builders |= {
+            f"{mode} candidate_list {name}": functools.partial(
+                bit_list_kernel.build, routed_scores_kernel.unit_rows(active), budget, *forced, positions, False
+            ),
+            f"{mode} rescan_choice {name}": functools.partial(
+                rescan_kernel.compile_choice, active, budget, *forced, positions
+            ),
+        }
     builders[f"{mode} token_scores"] = functools.partial(
         token_scores_kernel.build, active if mode == "misa" else num_heads, 1
     )

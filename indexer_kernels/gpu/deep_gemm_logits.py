@@ -6,9 +6,12 @@ seven variants in all, which DeepGEMM keeps on disk. Not so in decode, where one
 of rows for which SGLang has DeepGEMM make a schedule, too.
 """
 
+from collections.abc import Iterator
+
 import deep_gemm
 import torch
 
+from indexer_kernels.gpu import work
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS
 from indexer_kernels.page_layout import PAGE_BYTES
 
@@ -19,6 +22,15 @@ LEAST_ROWS = 32
 def padded_rows(num_rows: int) -> int:
     """The power of two, at least LEAST_ROWS, that num_rows rows are padded to."""
     return max(LEAST_ROWS, 1 << max(0, num_rows - 1).bit_length())
+
+
+def row_slices(num_rows: int, table_width: int) -> Iterator[slice]:
+    """Slices of num_rows rows for `paged_logits`, over page tables of table_width pages: at most a power of two, so
+    that what the padding adds fits SCRATCH_BYTES, too.
+    """
+    row_bytes = table_width * PAGE_TOKENS * 4
+    fitting = max(1, work.SCRATCH_BYTES // row_bytes)
+    return work.slices(num_rows, row_bytes, most=min(MOST_ROWS, 1 << (fitting.bit_length() - 1)))
 
 
 def paged_schedule(lengths: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ def group_rerank(work: Work) -> None:
     groups = GroupList(chosen, rows, scans.row_request, scans.row_lengths, counts.amax(dim=1))
     best = torch.empty((rows.numel(), params.top_k), dtype=torch.int32, device=rows.device)
     each = rows.shape[1]
-    for part in slices(rows.shape[0], each * width_of(chosen.slots.shape[1], params.group) * 4):
+    group_bytes = each * width_of(chosen.slots.shape[1], params.group) * 4
+    for part in slices(rows.shape[0], group_bytes, most=token_scores_kernel.MOST_LISTS):
         scores = group_scores(work, groups.part(part))
         places = slice(part.start * each, part.stop * each)
         work.top_k(scores, counts[part].flatten(), None, best[places], 1)

@@ -12,6 +12,8 @@ HEADS = 128  # of all rows of a CTA, 64 for each of its warpgroups
 THREADS = 256
 TILE_BLOCKS = 128
 STAGES = 2
+# Ranks of a row are distinct (ties are broken by index), so no two threads store to one slot; the check cannot know.
+CONFIGS = PASS_CONFIGS | {tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: True}
 
 
 def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, statistic: str):
@@ -90,8 +92,14 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
                         for i in T.Parallel(HEADS):
                             routing[i] = T.max(routing[i], positive[i])
                 for i in T.Parallel(HEADS):
-                    routing_shared[i] = routing[i] * T.abs(
-                        weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
+                    # NaN, of a gate that is NaN or of 0 * inf, becomes 0: unordered, two heads would get one slot and
+                    # leave another unwritten, and whoever reads a head from there reads past the queries.
+                    routing_shared[i] = T.max(
+                        routing[i]
+                        * T.abs(
+                            weights[T.max(tile_rows[tile, part * product_rows + i // num_heads], 0), i % num_heads]
+                        ),
+                        0,
                     )
                 T.sync_threads()
                 for i in T.Parallel(HEADS):
@@ -115,7 +123,5 @@ def build(num_heads: int, active_heads: int, route_block: int, statistic: str):
         head_route_prim_func(num_heads, active_heads, route_block, statistic),
         target=TARGET,
         execution_backend="tvm_ffi",
-        # Ranks of a row are distinct (ties are broken by index), so no two threads store to one slot; the check
-        # cannot know.
-        pass_configs=PASS_CONFIGS | {tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: True},
+        pass_configs=CONFIGS,
     )

@@ -3,7 +3,7 @@
 import torch
 
 from indexer_kernels.gpu import block_score_kernel
-from indexer_kernels.gpu.deep_gemm_logits import MOST_ROWS, paged_logits
+from indexer_kernels.gpu.deep_gemm_logits import paged_logits, row_slices
 from indexer_kernels.gpu.page_select_kernel import Candidates, empty_candidates, page_select
 from indexer_kernels.gpu.routed import cache_keys, route, routed_scan, whole_stages
 from indexer_kernels.gpu.target import HEAD_DIM, PAGE_TOKENS, WARP_KEYS
@@ -24,7 +24,7 @@ from indexer_kernels.row_plan import TILE_ROWS
 def native(work: Work) -> None:
     """All heads over every page of the row's own table."""
     plan, width = work.plan, table_pages(work)
-    for rows in slices(plan.num_rows, width * PAGE_TOKENS * 4, most=MOST_ROWS):
+    for rows in row_slices(plan.num_rows, width):
         lengths = plan.row_lengths[rows]
         table = row_tables(work, plan.row_request[rows], lengths)
         scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, table, lengths.clamp_min(1))
@@ -93,7 +93,7 @@ def choose_pages(
 def rerank_pages(work: Work, chosen: Candidates) -> None:
     """All heads over the candidate pages of each row; the best top_k of their tokens."""
     table = chosen.physical if work.slots else chosen.logical
-    for rows in slices(work.plan.num_rows, table.shape[1] * PAGE_TOKENS * 4, most=MOST_ROWS):
+    for rows in row_slices(work.plan.num_rows, table.shape[1]):
         counts, pages = chosen.counts[rows], chosen.physical[rows]
         scores = paged_logits(work.q[rows], work.weights[rows], work.pool.pages, pages, counts.clamp_min(1))
         work.top_k(scores, counts, table[rows], work.out[rows])

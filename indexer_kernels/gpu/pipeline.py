@@ -53,6 +53,9 @@ def select_rows(
         out = torch.empty((num_rows, params.top_k), dtype=torch.int32, device=q.device)
     if num_rows == 0:
         return out
+    if plan.max_length == 0:  # kernels would be handed tensors without columns
+        out[:num_rows].fill_(-1)
+        return out
     limit = max_tokens(mode)
     if limit is not None and plan.max_length > limit:
         raise ValueError(f"plan.max_length={plan.max_length} must be at most {limit} tokens for mode {mode!r}")

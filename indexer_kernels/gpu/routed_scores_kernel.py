@@ -141,6 +141,10 @@ def build(active_heads: int, form: Form, num_sms: int):
         routed_scores_prim_func(active_heads, form, num_sms),
         target=TARGET,
         execution_backend="tvm_ffi",
-        # The lanes of a warp store one word of the mask, the same from each; the check reads that as a race.
-        pass_configs={**PASS_CONFIGS, tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: form == "mask"},
+        pass_configs=configs(form),
     )
+
+
+def configs(form: Form) -> dict:
+    # The lanes of a warp store one word of the mask, the same from each; the check reads that as a race.
+    return {**PASS_CONFIGS, tilelang.PassConfigKey.TL_DISABLE_DATA_RACE_CHECK: form == "mask"}

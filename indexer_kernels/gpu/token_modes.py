@@ -85,7 +85,8 @@ def _select(
     place_out = torch.empty((plan.num_tiles * TILE_ROWS, work.params.top_k), dtype=torch.int32, device=work.q.device)
     mask_bytes = whole_stages(table_pages(work), work.params.active_heads) * (PAGE_TOKENS // WARP_KEYS) * CELL_BYTES
     tile_bytes = mask_bytes + TILE_ROWS * width * ENTRY_BYTES
-    for tiles in slices(plan.num_tiles, tile_bytes, num_sms(work.q.device)):
+    most = token_scores_kernel.MOST_LISTS // TILE_ROWS
+    for tiles in slices(plan.num_tiles, tile_bytes, num_sms(work.q.device), most):
         lists = candidate_lists(work, routed, sample, tiles, budget, width, first_tokens, local_tokens)
         scores = scores_of(routed.of_tiles(tiles), lists, plan.tile_rows[tiles].flatten())
         places = slice(tiles.start * TILE_ROWS, tiles.stop * TILE_ROWS)

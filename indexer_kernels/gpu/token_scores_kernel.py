@@ -15,6 +15,7 @@ from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS,
 
 TILE = 128  # a list is a whole number of these wide
 COLUMNS = 16  # the least columns of a product
+MOST_LISTS = 65535  # of a launch: the limit of a grid's second dimension
 
 
 class Shape(NamedTuple):

@@ -166,6 +166,9 @@ def test_output_top_k_kernel_out():
         call(select_rows, out=torch.zeros(5, 63, dtype=torch.int32))
     with pytest.raises(ValueError, match="out has 4 rows, must have at least the plan's 5"):
         call(select_rows, out=torch.zeros(4, 64, dtype=torch.int32))
+    # group_rerank's last kernel would have written 64 columns a row, whatever lies between the rows.
+    with pytest.raises(ValueError, match=re.escape("out must be contiguous, got strides (128, 1)")):
+        call(select_rows, out=torch.zeros(5, 128, dtype=torch.int32)[:, :64])
 
 
 def test_plans():

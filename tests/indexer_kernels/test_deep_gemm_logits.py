@@ -9,7 +9,7 @@ pytest.importorskip("deep_gemm", reason="DeepGEMM (it comes with SGLang) is not 
 
 from indexer_kernels import IndexerParams
 from indexer_kernels.gpu import deep_gemm_logits
-from indexer_kernels.gpu.work import slices
+from indexer_kernels.gpu.work import SCRATCH_BYTES, slices
 from indexer_kernels.page_layout import unpack_pages
 from indexer_kernels.reference.scores import token_scores
 from tests.support.inputs import make_batch
@@ -25,6 +25,17 @@ def test_few_sizes_for_all_batches():
 def test_slices_keep_to_the_most_rows():
     found = list(slices(5000, 1, most=2048))
     assert found == [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)]
+
+
+@pytest.mark.parametrize("tokens", [64, 131072, 200_000, 245_000, 490_000, 524_288])
+def test_padded_scores_fit_the_scratch(tokens):
+    """At 490,000 tokens 513 rows fit, which would be padded to 1024: twice the scratch."""
+    found = list(deep_gemm_logits.row_slices(5000, tokens // 64))
+    assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])] and found[-1].stop == 5000
+    for part in found:
+        rows = part.stop - part.start
+        assert rows <= deep_gemm_logits.MOST_ROWS
+        assert deep_gemm_logits.padded_rows(rows) * (tokens // 64) * 64 * 4 <= SCRATCH_BYTES
 
 
 @pytest.fixture
@@ -90,6 +101,7 @@ def test_every_size_is_compiled_ahead_while_sglang_builds_the_model(monkeypatch)
         ("misa_rerank", "page", True),
         ("misa_rerank", "token", False),
         ("misa", "token", False),
+        ("native", "token", True),
     ],
 )
 def test_schedulers_are_compiled_for_the_modes_that_call_deep_gemm(monkeypatch, mode, unit, needed):

@@ -5,12 +5,14 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 pytest.importorskip("tilelang", reason="the gpu extra is not installed")
 
 from indexer_kernels.gpu import (
     bit_list_kernel,
     block_score_kernel,
+    compile_check,
     decode_scores_kernel,
     group_scan_kernel,
     head_route_kernel,
@@ -24,7 +26,10 @@ from indexer_kernels.gpu import (
     token_scores_kernel,
 )
 from indexer_kernels.gpu.compile_check import H200_SMS, compile_all, kernel_builders
+from indexer_kernels.gpu.lists import empty_lists
+from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.params import IndexerParams
+from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.sm90a import TRITON_TOOLS, compile_sm90a, opcodes_of
 
 # name: (prim_func, matrix instructions it must keep: one per 32 bytes of head dim in fp8, per 16 elements in bf16;
@@ -165,8 +170,7 @@ ROUTED_DECODE = DECODE | {"route_statistics", "misa_rerank decode_scores"}
 SCANS = {"routed_scores scores", "routed_scores mask", "sample_keys", "rescan_gather", "rescan_scores"}
 STEPS = (
     *(f"sample_threshold {held}" for held in sample_threshold_kernel.HELD),
-    "candidate_list",
-    "rescan_choice",
+    *(f"{step} {output}" for step in ("candidate_list", "rescan_choice") for output in ("slot", "position")),
     "token_scores",
 )
 
@@ -188,6 +192,51 @@ STEPS = (
 )
 def test_what_a_routed_mode_compiles(mode, unit, names):
     assert set(kernel_builders(IndexerParams(candidate_unit=unit), 64, (mode,))) == ROUTING | names
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_list_finds_what_was_compiled_ahead_of_it(positions, monkeypatch):
+    """By the very arguments that `functools.cache` compares; positions are for top-k that is not fused."""
+    asked, params = [], IndexerParams()
+
+    def build(*setting):
+        asked.append(setting)
+        return lambda *_arguments: None
+
+    monkeypatch.setattr(bit_list_kernel, "build", build)
+    builders = kernel_builders(params, 64, ("misa_rerank",))
+    for name in ("slot", "position"):
+        builders[f"misa_rerank candidate_list {name}"]()
+    ahead, row = asked[:], torch.zeros(TILE_ROWS, dtype=torch.int32)
+    unit = (1, 4, routed_scores_kernel.mask_words(params.active_heads))
+    lists = empty_lists(TILE_ROWS, 128, positions, row.device)
+    forced = (PAGE_TOKENS, params.local_tokens)
+    bit_list_kernel.list_bits(
+        row.new_zeros(unit), row, row, row, row, row.view(1, -1), lists, params.candidates, *forced
+    )
+    assert asked[-1] in ahead
+
+
+def test_scans_are_compiled_for_the_sms_of_the_device(monkeypatch):
+    """As a call asks for them: an H20 has 78 SMs, and must not compile its scans again during the first prompt."""
+    asked = []
+    for module in (routed_scores_kernel, group_scan_kernel):
+        monkeypatch.setattr(module, "build", lambda *setting: asked.append(setting))
+    params = IndexerParams(candidate_unit="page")
+
+    def compile_scans():
+        asked.clear()
+        for mode, setting in (("misa_rerank", params), ("misa", params), ("group_rerank", params)):
+            for name, build in kernel_builders(setting, 64, (mode,)).items():
+                if name.startswith(("routed_scores", "group_scan")):
+                    build()
+        return {setting[-1] for setting in asked}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compile_scans() == {H200_SMS} and len(asked) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compile_check, "num_sms", lambda device: 78 if device.type == "cuda" else 0)
+    assert compile_scans() == {78}
 
 
 def test_what_hisa_compiles():
@@ -291,7 +340,7 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
         monkeypatch.setattr(module, "build", lambda *args: None)
     monkeypatch.setattr(head_route_kernel, "build", broken)
     outcome = dict(tuple(kernel) for kernel in compile_all())
-    assert {"misa token_scores", "misa_rerank candidate_list", "group rescan_choice slot"} <= set(outcome)
+    assert {"misa token_scores", "misa_rerank candidate_list slot", "group rescan_choice slot"} <= set(outcome)
     assert not [name for name in outcome if name.startswith("page_select")], "the default candidates are tokens"
     assert {"hisa decode_scores", "misa_rerank decode_scores"} <= set(outcome)
     assert {name for name in outcome if name.startswith("block_select")} == {

@@ -171,6 +171,14 @@ def test_kernel_modes(mode, phase):
     assert kernel_modes(phase, Settings(mode=mode)) == want
 
 
+@pytest.mark.parametrize(
+    ("phase", "mode", "want"),
+    [("prefill", "misa", ("misa", "native")), ("decode", "misa", ("misa",)), ("prefill", "native", ("native",))],
+)
+def test_kernel_modes_of_native_tail_rows(phase, mode, want):
+    assert kernel_modes(phase, Settings(mode=mode, native_tail_rows=4)) == want
+
+
 def test_statistics_modes_are_those_that_the_kernels_take_means_for():
     assert set(STATISTICS_MODES) == set(MEANS_MODES)
 

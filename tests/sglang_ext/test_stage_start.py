@@ -124,6 +124,13 @@ def test_start_compiles_before_the_first_request(gpu):
     assert gpu.compiled == [(2048, 64, "hisa")] and gpu.prepared == [gpu.device]
 
 
+def test_start_compiles_what_native_tail_rows_run(gpu):
+    """They run this package's native, whose schedulers DeepGEMM would compile during the first prompt."""
+    own = {"mode": "misa", "decode_mode": "native", "native_tail_rows": 64}
+    start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
+    assert gpu.compiled == [(2048, 64, "misa"), (2048, 64, "native")]
+
+
 def test_start_asks_for_what_auto_would_run(gpu):
     start(Stage(Settings(), {}), {}, device=gpu.device)
     assert [mode for mode, _, _ in gpu.asked] == [policy.AUTO_PREFILL]

@@ -64,13 +64,15 @@ static void fibre() {
   swapcontext(&fibres[threadIdx.x], &scheduler);
 }
 
-// Runs every block in turn; its threads in an order that changes with the block. False: threads wait for each other.
-static bool launch(int blocks, int threads, void (*kernel)()) {
+// Runs every block in turn, `columns` of them side by side; its threads in an order that changes with the block. False:
+// threads wait for each other.
+static bool launch(int blocks, int columns, int threads, void (*kernel)()) {
   body = kernel;
   fibres.resize(threads);
   stacks.resize(size_t(threads) * STACK);
   for (int b = 0; b < blocks; ++b) {
-    blockIdx.x = b;
+    blockIdx.x = b % columns;
+    blockIdx.y = b / columns;
     memset(buf_dyn_shmem, 0xa5, sizeof buf_dyn_shmem);
     finished.assign(threads, 0);
     warps.assign(threads / 32, Meeting{32});

@@ -2,7 +2,7 @@
 
 The source is compiled by g++ against `emulated_cuda.h`, whose barriers and shuffles wait for all threads that CUDA's
 wait for: a missing barrier, or one that not every thread reaches, shows as a wrong result or an error. What Hopper does
-beside the threads, copies and products, `emulated_hopper.h` does at once.
+beside the threads, copies and products, `emulated_hopper.h` and `emulated_bfloat16.h` do at once.
 """
 
 import ctypes
@@ -15,13 +15,25 @@ from pathlib import Path
 
 import torch
 
-from indexer_kernels.gpu import bit_list_kernel, group_scan_kernel, sample_threshold_kernel
+from indexer_kernels.gpu import (
+    bit_list_kernel,
+    group_scan_kernel,
+    head_route_kernel,
+    routed_scores_kernel,
+    sample_threshold_kernel,
+)
+from indexer_kernels.row_plan import TILE_ROWS
 from tests.support.sm90a import lower
 
 
-def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) -> Callable[..., None]:
-    """The kernel as TileLang would return it, called with the prim_func's arguments; blocks: how many there are, from
-    the values of its dynamic dimensions.
+def emulated(
+    prim_func,
+    configs: dict,
+    blocks: Callable[[dict[str, int]], int],
+    rows: Callable[[dict[str, int]], int] = lambda _dims: 1,
+) -> Callable[..., None]:
+    """The kernel as TileLang would return it, called with the prim_func's arguments; blocks: how many there are in a
+    row of the grid, and rows: how many rows, from the values of its dynamic dimensions.
     """
     source = lower(prim_func, configs)
     source = source[source.index('extern "C"') :].replace(
@@ -33,11 +45,12 @@ def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) 
     declared = [parameter.strip() for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in declared]
     entry = "".join(f"static {parameter}_;\n" for parameter in declared)
-    entry += f'extern "C" int emulated_launch(int blocks, {", ".join(declared)}) {{\n'
+    entry += f'extern "C" int emulated_launch(int grid_rows, int grid_columns, {", ".join(declared)}) {{\n'
     entry += "".join(f"  {n}_ = {n};\n" for n in names)
     arguments = ", ".join(f"{n}_" for n in names)
-    entry += f"  return emulated::launch(blocks, {threads}, [] {{ {name}({arguments}); }});\n}}\n"
-    headers = [Path(__file__).with_name(f"emulated_{name}.h").read_text() for name in ("cuda", "hopper")]
+    entry += "  return emulated::launch(grid_rows * grid_columns, grid_columns, "
+    entry += f"{threads}, [] {{ {name}({arguments}); }});\n}}\n"
+    headers = [Path(__file__).with_name(f"emulated_{name}.h").read_text() for name in ("cuda", "hopper", "bfloat16")]
     function = _compiled("\n".join([*headers, source, entry]))
 
     def call(*values: torch.Tensor | int) -> None:
@@ -54,7 +67,7 @@ def emulated(prim_func, configs: dict, blocks: Callable[[dict[str, int]], int]) 
             ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int(value)
             for value in (passed[n.removesuffix("_desc")] for n in names)
         ]
-        assert function(blocks(dims), *pointers), f"{name}: threads wait for each other"
+        assert function(rows(dims), blocks(dims), *pointers), f"{name}: threads wait for each other"
 
     return call
 
@@ -101,3 +114,18 @@ def build_group_scan(num_heads: int, form: str, num_sms: int) -> Callable[..., N
     """In place of `group_scan_kernel.build`."""
     prim_func = group_scan_kernel.group_scan_prim_func(num_heads, form, num_sms)
     return emulated(prim_func, group_scan_kernel.configs(form), lambda _dims: num_sms)
+
+
+@functools.cache
+def build_head_route(num_heads: int, *setting: int | str) -> Callable[..., None]:
+    """In place of `head_route_kernel.build`."""
+    prim_func = head_route_kernel.head_route_prim_func(num_heads, *setting)
+    parts = TILE_ROWS * num_heads // head_route_kernel.HEADS
+    return emulated(prim_func, head_route_kernel.CONFIGS, lambda _dims: parts, lambda dims: dims["num_tiles"])
+
+
+@functools.cache
+def build_routed_scores(active_heads: int, form: str, num_sms: int) -> Callable[..., None]:
+    """In place of `routed_scores_kernel.build`."""
+    prim_func = routed_scores_kernel.routed_scores_prim_func(active_heads, form, num_sms)
+    return emulated(prim_func, routed_scores_kernel.configs(form), lambda _dims: num_sms)

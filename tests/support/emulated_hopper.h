@@ -99,9 +99,10 @@ static void warpgroup_fence_operand(float*, int) {}
 static void warpgroup_arrive() {}
 static void warpgroup_commit_batch() {}
 template <int N> static void wait_wgmma() {}
-enum class DataType { kFloat8_e4m3, kFloat32 };
+enum class DataType { kFloat8_e4m3, kBFloat16, kFloat32 };
 // The thread's part of [M, N] += A [M, K] B [N, K], as a warpgroup's threads hold it.
-template <DataType, DataType, DataType, int M, int N, int K, bool, bool, int, int>
+template <DataType A, DataType, DataType, int M, int N, int K, bool, bool, int, int>
+  requires(A == DataType::kFloat8_e4m3)
 static void wgmma_ss(uint64_t a, uint64_t b, uint32_t* accumulators, int adds) {
   static float table[256];
   if (!table[1])

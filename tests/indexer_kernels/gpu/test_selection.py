@@ -119,6 +119,23 @@ def test_slices_of_the_score_matrix_do_not_matter(mode, monkeypatch):
     assert (sliced == whole).all()
 
 
+@pytest.mark.parametrize("mode", [*MODES, "group_rerank"])
+def test_a_row_of_nan_disturbs_no_other(mode):
+    """Its gates, as of a request whose activations overflowed. It selects tokens it sees; rows of other groups select
+    what they did. Freed memory is poisoned, so that whatever a kernel leaves unwritten is no head and no token.
+    """
+    batch = make_batch([9000, 4001], [64, 64], device="cuda", seed=21)
+    want = select_rows(mode, *batch.paged, SMALL, backend="gpu").sort(dim=1).values
+    batch.weights[9] = float("nan")
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
+        torch.full((size,), 1 << 30, dtype=torch.int32, device="cuda")
+    got = select_rows(mode, *batch.paged, SMALL, backend="gpu").sort(dim=1).values
+    torch.cuda.synchronize()
+    assert ((got[9] >= 0) & (got[9] < batch.lengths[9])).all() and (got[9].diff() > 0).all()
+    others = [row for row in range(128) if not 4 <= row <= 15]  # of a group of 4, wherever it begins
+    assert torch.equal(got[others], want[others])
+
+
 def test_scratch_is_bounded():
     batch = make_batch([30000], [2048], device="cuda", seed=19)
     for mode in MODES:
