@@ -10,6 +10,7 @@ import torch
 
 from indexer_kernels.page_layout import PAGE_TOKENS
 from indexer_kernels.row_groups import RowGroups, first_seen, group_rows
+from indexer_kernels.upload import upload
 
 Derived = TypeVar("Derived")
 TILE_ROWS = 32  # rows that share one scan of the keys in the gpu backend; a tile never mixes requests
@@ -165,7 +166,7 @@ def _upload_together(parts: list[torch.Tensor], device: torch.device | str) -> l
     buffer = torch.zeros(sum(padded), dtype=torch.int32)
     for part, piece in zip(parts, buffer.split(padded)):
         piece[: len(part)] = part
-    return [piece[: len(part)] for part, piece in zip(parts, buffer.to(device, non_blocking=True).split(padded))]
+    return [piece[: len(part)] for part, piece in zip(parts, upload(buffer, device).split(padded))]
 
 
 def plan_extend(

@@ -7,6 +7,7 @@ import torch
 from indexer_kernels import IndexerParams, select_rows
 from indexer_kernels.row_plan import RowPlan, plan_rows
 from indexer_kernels.top_k import TopK
+from indexer_kernels.upload import upload
 
 
 class OutputForm(NamedTuple):
@@ -100,5 +101,5 @@ def split_tail(
     parts = []
     for mask in (~in_tail, in_tail):
         plan = plan_rows(request[mask], position[mask] + 1, len(counts), device)
-        parts.append(Rows(plan, mask.nonzero().squeeze(1).to(device, non_blocking=True)))
+        parts.append(Rows(plan, upload(mask.nonzero().squeeze(1), device)))
     return parts[0], parts[1]
