@@ -14,7 +14,6 @@ batch below its break-even shows what keeping block statistics costs native deco
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -24,13 +23,14 @@ from pathlib import Path
 from indexer_kernels.page_layout import PAGE_TOKENS
 from openai_client import Client
 from run_record import run_record
+from server_checks import prompt, runs
 
 MOST_STEPS = 1.25  # device runs for each step asked for: requests of a batch do not begin in the same step
 
 
 def prompts_of(batch: int, context: int) -> list[list[int]]:
     """Token ids; no two prompts begin alike."""
-    return [[random.Random(seed).randrange(2, 4000) for _ in range(context)] for seed in range(batch)]
+    return [prompt(context, seed) for seed in range(batch)]
 
 
 def seconds_of(server: Client, prompts: list[list[int]], tokens: int, cached: bool = True) -> float:
@@ -65,10 +65,6 @@ def rate_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
     return len(prompts) * (tokens - part) / (all_of_them - less)
 
 
-def decode_runs(server: Client, mode: str) -> int:
-    return server.status()["device_runs"].get(f"decode/{mode}", 0)
-
-
 def forwards_of(server: Client) -> dict[str, int]:
     """{mode (reason): decode forwards}, of which CUDA graphs count at their capture."""
     listed = [one for one in server.status()["forwards"] if one["phase"] == "decode"]
@@ -96,9 +92,9 @@ def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, r
         seconds_of(server, prompts, 1, cached=False)
     for _ in range(repeats):
         for name, server in servers.items():
-            before = decode_runs(server, name)
+            before = runs(server, f"decode/{name}")
             rates[name].append(rate_of(server, prompts, tokens))
-            ran, steps = decode_runs(server, name) - before, tokens - 1 + tokens // 4 - 1
+            ran, steps = runs(server, f"decode/{name}") - before, tokens - 1 + tokens // 4 - 1
             if name not in ("native", "auto") and ran < steps:
                 raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
             if ran > MOST_STEPS * steps + len(prompts):

@@ -12,7 +12,6 @@ did not run, where nothing was sampled, or where the two servers' settings diffe
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from openai_client import Client
 from run_record import run_record
+from server_checks import prompt
 
 OWN = ("shadow_rate", "shadow_rows", "guard_overlap", "guard_min_samples")
 
@@ -45,11 +45,6 @@ class Side:
     def _count(status: dict[str, Any], group: str, key: str) -> int:
         found = status.get("shadow", {}).get("forwards", {}) if group == "shadow" else status[group]
         return found.get(key, 0)
-
-
-def prompt(context: int, seed: int) -> list[int]:
-    letters = random.Random(seed)
-    return [letters.randrange(2, 4000) for _ in range(context)]
 
 
 def check_alike(off: Side, on: Side) -> str:

@@ -78,6 +78,7 @@ def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
 def test_prompts_differ_from_their_first_tokens_on():
     prompts = bench_decode_rate.prompts_of(32, 8)
     assert len({tuple(ids[:2]) for ids in prompts}) == 32 and prompts == bench_decode_rate.prompts_of(32, 8)
+    assert all(len(set(ids)) > 4 for ids in prompts), "keys that are all alike leave nothing to choose"
 
 
 def test_a_mode_that_did_not_run_fails(decoders, monkeypatch, tmp_path, capsys):
