@@ -22,7 +22,7 @@ from typing import Any
 
 from openai_client import Client
 from run_record import run_record
-from server_checks import prompt
+from server_checks import prompt, shadow_forwards
 
 OWN = ("shadow_rate", "shadow_rows", "guard_overlap", "guard_min_samples")
 
@@ -37,14 +37,15 @@ class Side:
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
 
-    def rise(self, group: str, key: str) -> int:
-        """How far a counter rose between the two states."""
-        return self._count(self.after, group, key) - self._count(self.before, group, key)
+    def runs(self, mode: str) -> int:
+        """Prefill forwards of the mode that the device ran between the two states."""
+        before, after = (status["device_runs"].get(f"prefill/{mode}", 0) for status in (self.before, self.after))
+        return after - before
 
-    @staticmethod
-    def _count(status: dict[str, Any], group: str, key: str) -> int:
-        found = status.get("shadow", {}).get("forwards", {}) if group == "shadow" else status[group]
-        return found.get(key, 0)
+    def shadowed(self) -> dict[str, int]:
+        """{phase/outcome: forwards} of shadow sampling between the two states."""
+        before = shadow_forwards(self.before)
+        return {key: count - before.get(key, 0) for key, count in shadow_forwards(self.after).items()}
 
 
 def check_alike(off: Side, on: Side) -> str:
@@ -85,11 +86,11 @@ def failures_of(off: Side, on: Side, mode: str, cost: float, limit: float) -> li
     failures = [
         f"--{side.name}: {mode} did not run on the device"
         for side in (off, on)
-        if mode != "auto" and side.rise("device_runs", f"prefill/{mode}") <= 0
+        if mode != "auto" and side.runs(mode) <= 0
     ]
-    if not on.rise("shadow", "prefill/sampled"):
+    if not on.shadowed().get("prefill/sampled"):
         failures.append("no forward was sampled: more prompts, more repeats, or a higher shadow_rate")
-    if on.rise("shadow", "prefill/error"):
+    if on.shadowed().get("prefill/error"):
         failures.append("shadow sampling met an error and stopped: see the server's log")
     if cost > limit:
         failures.append(f"it costs {100 * cost:.2f} % of the throughput, more than {100 * limit:.2f} %")
@@ -105,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
     cost = 1 - sum(off.seconds) / sum(on.seconds)
     medians = {side.name: statistics.median(side.seconds) for side in (off, on)}
     failures = failures_of(off, on, mode, cost, args.limit)
-    counted = {key: on.rise("shadow", key) for key in on.after.get("shadow", {}).get("forwards", {})}
     record = {
         "run": run_record(),
         "mode": mode,
@@ -116,14 +116,15 @@ def run(args: argparse.Namespace) -> int:
         "seconds": {side.name: side.seconds for side in (off, on)},
         "medians": medians,
         "cost": cost,
-        "device_runs": {side.name: side.rise("device_runs", f"prefill/{mode}") for side in (off, on)},
-        "shadow_forwards": counted,
+        "device_runs": {side.name: side.runs(mode) for side in (off, on)},
+        "shadow_forwards": on.shadowed(),
         "failures": failures,
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     tokens = args.context * args.prompts
     rates = "  ".join(f"{name} {tokens / seconds:.0f} tokens/s" for name, seconds in medians.items())
-    print(f"{rates} (medians); cost in all {100 * cost:.2f} %; {counted.get('prefill/sampled', 0)} forwards sampled")
+    sampled = on.shadowed().get("prefill/sampled", 0)
+    print(f"{rates} (medians); cost in all {100 * cost:.2f} %; {sampled} forwards sampled")
     print("\n".join(["failed:", *failures]) if failures else "ok")
     return 1 if failures else 0
 

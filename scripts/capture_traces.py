@@ -21,15 +21,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-import server_process
 from indexer_kernels.traces import Trace, load_traces, save_traces
-from server_process import Server, launch
+from server_process import Server, arguments_without, launch
 from sglang_ext.cli.parameter_flags import integers, layer_numbers
 
 WAIT_S = 5.0  # for the files of a prompt on a slow shared folder
 # Those of `launch` are for few layers of made-up weights. A whole model takes most of the memory, has its own context
 # limit, and loads for minutes: SGLang's own defaults, and the time that docker/ allows.
-ARGUMENTS = [one for one in server_process.ARGUMENTS if not one.startswith(("--mem-fraction", "--context-length"))]
+ARGUMENTS = arguments_without("--mem-fraction-static", "--context-length")
 START_LIMIT_S = 45 * 60
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from needle_checks import SMALL_MODEL, check_answers, check_graph_answers, check_needle_decode
 from selection_sets import selected_sets, shares
 from server_checks import MODES, NEW_TOKENS, Check, check_integrity, check_modes, prompt, runs
-from server_process import ARGUMENTS, Server, launch
+from server_process import Server, arguments_without, launch
 from tiny_model import write_model
 
 TIMED = (*MODES, "auto")  # auto: native below its break-even, at no cost
@@ -228,9 +228,11 @@ def run_scenario(name: str, model: Path, out: Path, repeats: int, layers: int, p
     dummy = not name.startswith("answers")
     model = model if dummy else SMALL_MODEL
     check.record["model"] = json.loads((model / "config.json").read_text()) | {"dummy_weights": dummy}
-    common = [one for one in ARGUMENTS if one != "--disable-prefill-cuda-graph" or name != "answers_graph"]
+    left_out = ["--disable-prefill-cuda-graph"] if name == "answers_graph" else []
     settings = {**settings, "strict": "1"}
-    with launch(model, out / f"{name}.log", settings, extra, environ, port, dummy, common) as server:
+    with launch(
+        model, out / f"{name}.log", settings, extra, environ, port, dummy, arguments_without(*left_out)
+    ) as server:
         check.record["start_s"] = server.start_s
         if name == "modes":
             check_modes(server, check, MODES, *dummy_prompts())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from openai_client import LocalTokenizer
 from retrieval_tasks import answer_text, make_case
-from server_checks import Check, check_integrity, check_modes, runs
+from server_checks import Check, check_integrity, check_modes, runs, shadow_forwards
 from server_process import Server
 
 SMALL_MODEL = Path(__file__).resolve().parent.parent / "tests" / "data" / "small_dsa"
@@ -52,7 +52,7 @@ def check_graph_answers(server: Server, check: Check, modes: Sequence[str]) -> N
     """
 
     def sampled() -> int:
-        return server.status()["shadow"]["forwards"].get("prefill/sampled", 0)
+        return shadow_forwards(server.status()).get("prefill/sampled", 0)
 
     check.expect(sampled() == 0, f"{sampled()} forwards sampled before the first prompt")
     check_answers(server, check, modes)

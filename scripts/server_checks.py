@@ -1,8 +1,9 @@
 """What the scenarios of `check_server.py` share: the outcome of one, and the checks of a server's answers."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from run_record import run_record
 from server_process import Server
@@ -32,6 +33,11 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
 
 def runs(server: Server, key: str) -> int:
     return server.status()["device_runs"].get(key, 0)
+
+
+def shadow_forwards(status: Mapping[str, Any]) -> dict[str, int]:
+    """{phase/outcome: forwards} of shadow sampling, from the plugin's status; empty where it is off."""
+    return status.get("shadow", {}).get("forwards", {})
 
 
 def answers_tell(server: Server, ids: list[int], new_tokens: int) -> bool:

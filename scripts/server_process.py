@@ -33,6 +33,11 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 SERVE = (sys.executable, "-m", "sglang_ext.cli", "serve")
 
 
+def arguments_without(*flags: str) -> list[str]:
+    """ARGUMENTS but these flags."""
+    return [one for one in ARGUMENTS if one.partition("=")[0] not in flags]
+
+
 class Server:
     """A running server. start_s: seconds from launch to healthy."""
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from openai_client import Client
 from run_record import ask_gpus, run_record
+from server_checks import shadow_forwards
 from soak_traffic import Totals, Traffic
 
 SAMPLE_EVERY_S = 10.0
@@ -85,8 +86,7 @@ def growth_mib(samples: list[tuple[float, int]]) -> int | None:
 
 def shadow_errors(status: dict[str, Any]) -> int:
     """Forwards in which shadow sampling met an error, after which it measures nothing any more."""
-    forwards = (status.get("shadow") or {}).get("forwards", {})
-    return sum(count for name, count in forwards.items() if name.endswith("/error"))
+    return sum(count for name, count in shadow_forwards(status).items() if name.endswith("/error"))
 
 
 def failures_of(
