@@ -15,18 +15,18 @@ def check_ranks(stage: Stage) -> None:
     variables, files, versions or compilers. Each would serve its heads with tokens of its own choice, and only its own
     log and counters would say so. All ranks call it as their model is built.
     """
-    group = _group()
+    group = attention_group()
     if group is not None and (found := differences_in(group.cpu_group, group.ranks, decided_by(stage))):
         raise RuntimeError(f"sglang-ext: ranks that share a batch must be set up alike: {'; '.join(found)}")
 
 
 def on_any_rank(mine: bool) -> bool:
     """Whether it is so on one of the ranks that share a batch. All of them call it."""
-    group = _group()
+    group = attention_group()
     return mine if group is None else any(gather_in(group.cpu_group, group.ranks, mine))
 
 
-def _group() -> Any:
+def attention_group() -> Any:
     """SGLang's attention tensor-parallel group; None where a rank is alone."""
     from sglang.srt.distributed import parallel_state
 
@@ -40,7 +40,7 @@ def decided_by(stage: Stage) -> dict[str, Any]:
     """All that a rank's decisions depend on and that is not the batch's."""
     settings = {name: value for name, value in stage.settings.as_dict().items() if name not in OWN}
     # Without what a compiler said, which may name files of its host.
-    refused = sorted({sentence.partition(":")[0] for sentence in stage.status()["refused"]})  # type: ignore[attr-defined]
+    refused = sorted({sentence.partition(":")[0] for sentence in stage.support.rejected})
     return {"version": __version__, **settings, "refused": refused}
 
 

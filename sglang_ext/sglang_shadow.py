@@ -10,6 +10,7 @@ from sglang_ext.forwards import Forward
 from sglang_ext.guard import agree_in
 from sglang_ext.overlap import Key
 from sglang_ext.sglang_objects import makes_up_forwards
+from sglang_ext.sglang_ranks import attention_group
 from sglang_ext.shadow import Sample, Shadow
 from sglang_ext.stage import Stage
 
@@ -93,7 +94,5 @@ def check_guard() -> None:
 
 def agree_among_attention_ranks(fallen: list[Key]) -> list[Key]:
     """What the first rank of the attention tensor-parallel group has found; all of them call this at the same batch."""
-    from sglang.srt.distributed.parallel_state import get_attn_tp_group
-
-    group = get_attn_tp_group()
-    return fallen if group.world_size == 1 else agree_in(group.cpu_group, group.ranks[0], fallen)
+    group = attention_group()
+    return fallen if group is None else agree_in(group.cpu_group, group.ranks[0], fallen)

@@ -59,7 +59,7 @@ class Stage:
         self._layers: set[int] = set()
         self._prompts: Prompts | None = None
         self._traces: TraceWriter | None = None
-        self._support = Support()
+        self.support = Support()
         self.statistics = Statistics()
         self._no_statistics: str | None = None  # why there can be none, or none any more
 
@@ -98,10 +98,10 @@ class Stage:
             self.shadow.overlaps.prepare(device)
         q = torch.empty((0, num_heads, head_dim), dtype=torch.float8_e4m3fn, device=device)
         variants = [one.settings for one in self._layer_settings.all(self.settings)]
-        self._support.prepare(variants, q, top_k)
+        self.support.prepare(variants, q, top_k)
         reading = [settings for settings in variants if policy.needs_statistics(settings)]
         if reading and len(self._models) == 1:  # a draft model that is refused has its reason in its own forwards
-            refused = all(self._support.phase_refusal(settings, "decode", q, top_k) for settings in reading)
+            refused = all(self.support.phase_refusal(settings, "decode", q, top_k) for settings in reading)
             self._no_statistics = "no_kernel" if refused else None
 
     def refuse_model(self, reason: str, because: str = "") -> None:
@@ -353,7 +353,7 @@ class Stage:
             "modes": {phase: self.settings.phase_mode(phase) for phase in ("prefill", "decode")},
             "mode_numbers": dict(MODE_NUMBERS) if self.settings.runtime_switch else {},
             "indexer_layers": len(self._layers),
-            "refused": sorted(self._support.rejected),
+            "refused": sorted(self.support.rejected),
             "statistics": self.statistics.status(),
             **self.counters.snapshot(),
             **({"shadow": self.shadow.status()} if self.shadow is not None else {}),
@@ -375,16 +375,16 @@ class Stage:
         if decision.reason == policy.CONFIGURED_NATIVE and self.settings.phase_mode(view.phase) != "native":
             return Decision("native", policy.NATIVE_LAYER)  # the layer's own doing
         if decision.reason in policy.UNSUPPORTED:
-            self._support.reject(
+            self.support.reject(
                 self.settings, f"{view.phase}: {policy.UNSUPPORTED[decision.reason]} ({decision.reason})"
             )
         return decision
 
     def _supported(self, settings: Settings, view: BatchView, q: torch.Tensor) -> BatchView:
-        return self._support.narrow(settings, view, q, self.settings_top_k())
+        return self.support.narrow(settings, view, q, self.settings_top_k())
 
     def _reject(self, sentence: str) -> None:
-        self._support.reject(self.settings, sentence)
+        self.support.reject(self.settings, sentence)
 
     def settings_top_k(self) -> int:
         """Tokens the served model selects (the largest, where a draft model differs)."""

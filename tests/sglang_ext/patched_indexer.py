@@ -108,7 +108,7 @@ def use(stage: Stage, **settings: Any) -> None:
     stage._prompts = None
     folder, rows = stage.settings.trace_dir, stage.settings.trace_rows
     stage._traces = None if folder is None else TraceWriter(folder, rows, {"_name_or_path": "models/tiny"})
-    stage._support.rejected.clear()
+    stage.support.rejected.clear()
     stage._no_statistics = None
 
 

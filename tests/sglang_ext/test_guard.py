@@ -169,6 +169,7 @@ def test_the_group_is_the_attention_ranks(monkeypatch):
     from sglang_ext import sglang_shadow
 
     group = SimpleNamespace(world_size=1)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr(parallel_state, "get_attn_tp_group", lambda: group)
     assert sglang_shadow.agree_among_attention_ranks([KEY]) == [KEY]
     group = SimpleNamespace(world_size=2, cpu_group="cpu", ranks=[4, 5])

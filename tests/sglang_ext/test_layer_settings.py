@@ -240,7 +240,7 @@ def test_start_compiles_what_any_layer_runs(tuned, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: empty(*a, **kw))
     monkeypatch.setattr(
-        stage._support,
+        stage.support,
         "compile",
         lambda own, modes, heads, top_k: compiled.extend((m, own.active_heads) for m in modes),
     )
