@@ -6,8 +6,9 @@
 Multi-turn conversations, cancelled requests, prompts of 1 to --max-tokens tokens, --concurrency at once; a server with
 a small pool of keys retracts requests as well. Each run is added to OUT, whose `seconds` are those of all runs in all.
 Fails where a request fails or stays in the server; where the plugin's counters show a mismatch, nothing compared, or a
-mode refused; where a mode that the server was started with did not run, or shadow sampling met an error; and where the
-GPU's memory grew after the first quarter.
+mode refused; where a mode that the server was started with did not run, or shadow sampling met an error; where the
+GPU's memory grew after the first quarter (--no-memory: others come and go on that GPU, or it is on another machine);
+and where nothing was retracted or too little cached, if --must-retract or --must-reuse ask for it.
 """
 
 import argparse
@@ -98,6 +99,13 @@ def failures_of(
         failures.append(f"{totals.errors} requests failed, as {totals.first_errors[0]}")
     if not totals.new_tokens:
         failures.append("no request was answered")
+    if args.must_retract and not totals.retractions:
+        failures.append("no request was retracted: lower --max-total-tokens and --schedule-conservativeness")
+    if args.must_reuse and totals.cached_tokens < args.must_reuse * totals.prompt_tokens:
+        failures.append(
+            f"{totals.cached_tokens} of {totals.prompt_tokens} prompt tokens were in the prefix cache, less than "
+            f"{args.must_reuse:g} of them: serve with more --max-total-tokens"
+        )
     checked, mismatches = (after[name] - before[name] for name in ("integrity_checked", "integrity_mismatches"))
     if mismatches:
         failures.append(f"{mismatches} block statistics were not those of the keys")
@@ -131,7 +139,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     with MemoryWatch() as memory:
         totals = traffic.run(args.seconds)
     seconds = time.monotonic() - began
-    growth = growth_mib(memory.samples)
+    growth = None if args.no_memory else growth_mib(memory.samples)
     after = None
     try:
         idle, after = becomes_idle(client), client.status()
@@ -178,7 +186,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed sends other requests")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one request")
     parser.add_argument("--memory-slack-mib", type=int, default=512)
-    parser.add_argument("--no-memory", action="store_true", help="the server's GPU is on another machine")
+    parser.add_argument("--no-memory", action="store_true", help="not judged: the GPU is shared or elsewhere")
+    parser.add_argument("--must-retract", action="store_true", help="fail where the server retracted no request")
+    parser.add_argument(
+        "--must-reuse", type=float, default=0.0, metavar="SHARE", help="fail where fewer prompt tokens were cached"
+    )
     parser.add_argument("--no-integrity", action="store_true", help="the server runs without check_integrity")
     args = parser.parse_args(argv)
     if not 0 < args.max_new_tokens < args.max_tokens:

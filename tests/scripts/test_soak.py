@@ -22,6 +22,7 @@ class SoakServer(FakeServer):
         self.checked = self.mismatches = self.decoded = 0
         self.refused: list[str] = []
         self.busy, self.prefill, self.shadow_errors = False, "native", 0
+        self.cached, self.retractions = 3, 1
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -40,7 +41,9 @@ class SoakServer(FakeServer):
         new = body["sampling_params"]["max_new_tokens"] - self.short
         if body.get("stream"):
             return 200, (f"data: {token}\n\n" for token in self.slowly(new))
-        meta = {"cached_tokens": 3, "num_retractions": 1, "finish_reason": {"type": "length"}}
+        meta = {
+            "cached_tokens": self.cached, "num_retractions": self.retractions, "finish_reason": {"type": "length"}
+        }  # fmt: skip
         return 200, {"output_ids": [7] * new, "meta_info": meta}
 
     def slowly(self, new: int) -> Any:
@@ -196,6 +199,23 @@ def test_memory_that_grows(tmp_path, memory):
     _, record = run(SoakServer(), tmp_path)
     assert record["runs"][0]["memory_growth_mib"] > 512
     assert any("memory grew" in failure for failure in record["failures"])
+
+
+def test_memory_is_not_judged_where_others_come_and_go(tmp_path, memory):
+    memory[:] = range(1000, 9000, 100)
+    code, record = run(SoakServer(), tmp_path, "--no-memory")
+    assert code == 0 and record["runs"][0]["memory_mib"] and record["runs"][0]["memory_growth_mib"] is None
+
+
+def test_what_a_run_has_to_meet(tmp_path, capsys):
+    (well := tmp_path / "well").mkdir()
+    assert run(SoakServer(), well, "--must-retract", "--must-reuse", "0.001")[0] == 0
+    server = SoakServer()
+    server.cached = server.retractions = 0
+    code, record = run(server, tmp_path, "--must-retract", "--must-reuse", "0.001")
+    assert code == 1 and len(record["failures"]) == 2
+    shown = capsys.readouterr().out
+    assert "no request was retracted" in shown and "0 of" in shown and "less than 0.001 of them" in shown
 
 
 @pytest.mark.parametrize(
