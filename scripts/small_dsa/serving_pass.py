@@ -84,7 +84,7 @@ def serving_pass(
         heads = layer.self_attn.heads(x, turn)
         inputs = index_inputs(layer, x, heads.latent, turn)
         note(number, inputs)
-        mixed = [attend(heads, layer.self_attn.scale, inputs, part, top_k) for part in _chunks(length)]
+        mixed = [attend(heads, layer.self_attn.scale, inputs, part, top_k) for part in chunks(length)]
         hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed)[None])
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.logits(hidden[0, -last:])
@@ -106,6 +106,7 @@ def attend(heads: Heads, scale: float, inputs: Callable[[slice], IndexInputs], p
     return torch.stack(out, dim=1).flatten(1)
 
 
-def _chunks(length: int) -> Iterator[slice]:
+def chunks(length: int) -> Iterator[slice]:
+    """Slices of CHUNK_ROWS rows."""
     for start in range(0, length, CHUNK_ROWS):
         yield slice(start, min(start + CHUNK_ROWS, length))
