@@ -19,7 +19,8 @@ Frozen = tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
 def parse_layers(value: Any, parse: Callable[[str, Any], Any]) -> Frozen:
     """{"3": {"mode": "hisa", "top_blocks": 48}} (or its JSON text), each value by parse(name, value).
 
-    `mode` becomes the modes of both phases. Raises ValueError naming layer, field, value and what is allowed.
+    `mode` becomes the modes of both phases, as the deployment's: decode's is native where it is native, else auto.
+    Raises ValueError naming layer, field, value and what is allowed.
     """
     if isinstance(value, str):
         try:
@@ -44,8 +45,9 @@ def parse_layers(value: Any, parse: Callable[[str, Any], Any]) -> Frozen:
             parsed = {name: parse(name, one) for name, one in own.items() if name != NOTE}
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from None
-        both = parsed.pop("mode", None)
-        modes = {phase: parsed.pop(phase, None) or both for phase in PHASE_MODES}
+        mode = parsed.pop("mode", None)
+        of_mode = {"prefill_mode": mode, "decode_mode": "auto" if mode not in (None, "native") else mode}
+        modes = {phase: parsed.pop(phase, None) or of_mode[phase] for phase in PHASE_MODES}
         entries[int(number)] = parsed | {phase: mode for phase, mode in modes.items() if mode is not None}
     return freeze(entries)
 

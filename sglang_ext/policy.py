@@ -15,7 +15,7 @@ AUTO_SELECTED = "auto_selected"
 CONFIGURED_NATIVE = "configured_native"
 BELOW_BREAK_EVEN = "below_break_even"
 FEW_ROWS = "few_rows"  # `auto` prefill: launches cost more than so few rows save
-AUTO_DECODE_NATIVE = "auto_decode_native"  # `auto` decode: nobody said how long contexts are (decode_tokens)
+AUTO_DECODE_NATIVE = "auto_decode_native"  # `auto` decode, also of mode=hisa: nobody set decode_tokens or decode_mode
 PAGE_CANDIDATES = "page_candidates"  # `auto` prefill: whole pages lose too many of native's tokens (docs/quality.md)
 NATIVE_LAYER = "native_layer"
 PROMPT_UNKNOWN = "prompt_unknown"  # native_tail_rows in a forward without requests: SGLang's warm-up and graph capture
@@ -81,7 +81,8 @@ class Decision(NamedTuple):
 def choose(batch: BatchView, settings: Settings) -> Decision:
     """The mode of one forward.
 
-    An unsupported feature means native, with its reason. A mode set explicitly runs at any length. `auto` prefill is
+    An unsupported feature means native, with its reason. A mode set explicitly runs at any length; in decode that is
+    decode_mode alone, without it decode is `auto` whatever `mode` names (Settings.phase_mode). `auto` prefill is
     settings.auto_prefill_mode for at least settings.prefill_min_rows rows once the longest request of the batch reaches
     settings.prefill_min_tokens (0: the measured break-even), else native, and native where candidates would be pages.
     `auto` decode is native unless settings.decode_tokens says how long contexts are: one CUDA graph serves a batch size

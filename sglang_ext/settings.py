@@ -41,11 +41,16 @@ WATCHING = "docs/monitoring.md"
 class Settings:
     """What a deployment asks for. Raises ValueError naming the setting, its value and what is allowed."""
 
-    mode: str = _setting("auto", "mode of both phases: native, misa, misa_rerank, hisa, group_rerank or auto")
+    mode: str = _setting(
+        "auto",
+        "mode of prefill, and native for both phases if it is native: native, misa, misa_rerank, hisa, group_rerank or "
+        "auto",
+    )
     prefill_mode: str | None = _setting(None, "mode of prefill, where it should differ from `mode`")
     decode_mode: str | None = _setting(
         None,
-        "mode of decode, where it differs; hisa and misa_rerank keep block statistics: 4 bytes per token and layer",
+        "mode of decode; unset: native with `mode=native`, else auto; hisa and misa_rerank keep block statistics: 4 "
+        "bytes per token and layer, and lose answers (docs/quality.md)",
     )
     settings_file: str | None = _setting(
         None, "JSON file of settings, with settings of single layers: what `sglang-ext tune` writes"
@@ -145,8 +150,14 @@ class Settings:
         return IndexerParams(top_k=top_k, **{name: getattr(self, name) for name in names})
 
     def phase_mode(self, phase: str) -> str:
-        """The mode asked for in "prefill" or "decode"."""
-        return (self.prefill_mode if phase == "prefill" else self.decode_mode) or self.mode
+        """The mode asked for in "prefill" or "decode".
+
+        `mode` is prefill's; of decode it says native or not. What decode can choose by, the means of blocks, loses
+        answers that prefill's choice keeps (docs/quality.md): a mode of decode is asked for by name, or is `auto`.
+        """
+        if phase == "prefill":
+            return self.prefill_mode or self.mode
+        return self.decode_mode or ("native" if self.mode == "native" else "auto")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for logs and /server_info."""
@@ -195,7 +206,7 @@ def _merged(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One value of each setting: the last source's; entries of layers value by value."""
     values: dict[str, Any] = {}
     for source in sources:
-        if source.get("mode", "auto") != "auto":  # for both phases, whatever an earlier source had for one of them
+        if source.get("mode", "auto") != "auto":  # of both phases, whatever an earlier source had for one of them
             values = {name: value for name, value in values.items() if name not in PHASE_MODES}
         layers = merge(override(values.get("layers", ()), source), source.get("layers", ()))
         values |= source

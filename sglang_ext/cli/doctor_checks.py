@@ -136,6 +136,8 @@ def check_phase(phase: str, settings: Settings, model: Model) -> Check:
     decisions = {what: choose(view, settings) for what, view in views.items()}
     shown = [f"{what}: {decision.mode} ({decision.reason})" for what, decision in decisions.items()]
     detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")
+    if phase == "decode" and settings.decode_mode is None and settings.mode not in ("native", "auto"):
+        detail += f" - mode={settings.mode} is prefill's, a mode of decode is named by decode_mode"
     return Check(f"would run in {phase}", "problem" if refusal else "ok", detail)
 
 

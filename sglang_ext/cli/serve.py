@@ -25,9 +25,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "[--dry-run] --model-path PATH [arguments of sglang.launch_server]",
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", help="mode of both phases: native, misa, misa_rerank, hisa, group_rerank, auto")
+    parser.add_argument(
+        "--mode",
+        help="mode of prefill, and native for both phases if it is native: native, misa, misa_rerank, hisa, "
+        "group_rerank, auto",
+    )
     parser.add_argument("--prefill-mode", metavar="MODE", help="overrides --mode for prefill")
-    parser.add_argument("--decode-mode", metavar="MODE", help="overrides --mode for decode")
+    parser.add_argument("--decode-mode", metavar="MODE", help="mode of decode; without it native with --mode native, else auto")
     parser.add_argument(
         "--strict", action="store_true", help="end the server where the plugin cannot run, never fall back"
     )

@@ -100,9 +100,9 @@ def hooked(stage: Stage) -> Iterator[Recorder]:
 
 
 def use(stage: Stage, **settings: Any) -> None:
-    """Fresh settings and counters for a stage that is already installed."""
-    defaults = {"mode": "misa", "backend": "reference", "route_block": 64, "active_heads": 2}
-    stage.settings = Settings(**defaults | settings)
+    """Fresh settings and counters for a stage that is already installed. Decode has prefill's `mode`, unless named."""
+    asked = {"mode": "misa", "backend": "reference", "route_block": 64, "active_heads": 2} | settings
+    stage.settings = Settings(**{"decode_mode": asked["mode"]} | asked)
     stage.counters = Counters()
     stage.shadow = Shadow.of(stage.settings)
     stage._prompts = None

@@ -164,7 +164,7 @@ def test_decode_against_brute_force(serve, steps):
 def test_modes_with_a_budget_against_brute_force(serve, mode):
     """At a length where the smallest budget that settings allow still prunes."""
     batch = make_batch([2500, 200], [3, 2], num_heads=8, seed=2)
-    settings = replace(STRICT, mode=mode, candidates=2048, block_size=64, top_blocks=33)
+    settings = replace(STRICT, mode=mode, decode_mode=mode, candidates=2048, block_size=64, top_blocks=33)
     serve(settings, batch)
     check(extend(batch, sut.metadata(batch)), batch, settings)
 

@@ -96,7 +96,8 @@ def test_a_layer_plans_rows_where_the_first_needed_none(batch, native_first):
 
 
 def test_decode_has_plans_of_its_own():
-    stage, attention = stage_of(settings({"1": {"decode_mode": "hisa"}, "2": {"decode_mode": "native"}})), Attention()
+    own = {"1": {"decode_mode": "hisa"}, "2": {"decode_mode": "native"}}
+    stage, attention = stage_of(settings(own, decode_mode="misa")), Attention()
     same = {
         "attention": attention,
         "lengths": torch.tensor([130, 7], dtype=torch.int32),

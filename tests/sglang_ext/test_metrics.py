@@ -108,7 +108,7 @@ def local() -> tuple[Metrics, Any]:
 
 
 def test_a_mode_that_is_no_longer_configured():
-    stage = Stage(Settings(mode="misa", runtime_switch=True), {})
+    stage = Stage(Settings(mode="misa", decode_mode="misa", runtime_switch=True), {})
     metrics, read = local()
     metrics.update(stage.settings, stage.counters, stage.shadow)
     stage.switch_prefill(0)

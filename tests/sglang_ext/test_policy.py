@@ -74,11 +74,18 @@ TABLE = [
     (Settings(), decode(), Decision("native", "auto_decode_native")),
     (PAGES, decode(), Decision("native", "auto_decode_native")),
     (Settings(mode="hisa", decode_mode="auto"), decode(), Decision("native", "auto_decode_native")),
+    # `mode` names none for decode: that is auto, unless it is native
+    *[(Settings(mode=m), decode(), Decision("native", "auto_decode_native")) for m in MODES if m != "native"],
+    (Settings(mode="misa_rerank"), decode("no_statistics"), Decision("native", "auto_decode_native")),
+    (Settings(mode="misa_rerank", decode_tokens=1 << 17), decode()._replace(rows=64), Decision("hisa", "auto_selected")),
+    (Settings(mode="hisa", decode_tokens=1 << 17), decode(), Decision("native", "below_break_even")),
+    (Settings(mode="native", decode_tokens=1 << 17), decode(), Decision("native", "configured_native")),
+    (Settings(mode="misa_rerank", decode_mode="hisa"), decode(), Decision("hisa", "configured")),
+    (Settings(mode="native", decode_mode="hisa"), decode(), Decision("hisa", "configured")),
     # a mode set explicitly runs at any length, whatever its candidates are
     (replace(PAGES, mode="misa_rerank"), prefill(LONG), Decision("misa_rerank", "configured")),
     *[(Settings(mode=mode), prefill(1), Decision(mode, "configured")) for mode in MODES if mode != "native"],
-    *[(Settings(mode=mode), decode(), Decision(mode, "configured")) for mode in MODES if mode != "native"],
-    (Settings(decode_mode="hisa"), decode(), Decision("hisa", "configured")),
+    *[(Settings(decode_mode=mode), decode(), Decision(mode, "configured")) for mode in MODES if mode != "native"],
     (Settings(mode="hisa", prefill_mode="misa"), prefill(5), Decision("misa", "configured")),
     # native by choice
     (Settings(mode="native"), prefill(LONG), Decision("native", "configured_native")),
@@ -90,7 +97,7 @@ TABLE = [
     (Settings(), decode("hisparse"), Decision("native", "auto_decode_native")),
     # unsupported beats every mode asked for, whatever the length
     *[(Settings(mode="hisa"), prefill(9, unsupported=reason), Decision("native", reason)) for reason in UNSUPPORTED],
-    *[(Settings(mode="hisa"), decode(reason), Decision("native", reason)) for reason in UNSUPPORTED],
+    *[(Settings(decode_mode="hisa"), decode(reason), Decision("native", reason)) for reason in UNSUPPORTED],
     (Settings(), prefill(LONG, unsupported="kv_shard"), Decision("native", "kv_shard")),
     (Settings(), prefill(1, unsupported="kv_shard"), Decision("native", "kv_shard")),
 ]
@@ -168,7 +175,7 @@ def test_one_row_never_decodes_by_blocks():
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "native"])
 def test_kernel_modes(mode, phase):
     want = ("misa_rerank", "hisa") if (mode, phase) == ("misa_rerank", "decode") else (mode,)
-    assert kernel_modes(phase, Settings(mode=mode)) == want
+    assert kernel_modes(phase, Settings(**{f"{phase}_mode": mode})) == want
 
 
 @pytest.mark.parametrize(
@@ -176,7 +183,7 @@ def test_kernel_modes(mode, phase):
     [("prefill", "misa", ("misa", "native")), ("decode", "misa", ("misa",)), ("prefill", "native", ("native",))],
 )
 def test_kernel_modes_of_native_tail_rows(phase, mode, want):
-    assert kernel_modes(phase, Settings(mode=mode, native_tail_rows=4)) == want
+    assert kernel_modes(phase, Settings(**{f"{phase}_mode": mode}, native_tail_rows=4)) == want
 
 
 def test_statistics_modes_are_those_that_the_kernels_take_means_for():
@@ -187,6 +194,9 @@ def test_statistics_modes_are_those_that_the_kernels_take_means_for():
 def test_statistics_are_for_decode_modes_that_read_them(mode):
     assert needs_statistics(Settings(decode_mode=mode)) == (mode in ("hisa", "misa_rerank"))
     assert not needs_statistics(Settings(prefill_mode=mode, decode_mode="native"))
+    assert not needs_statistics(Settings(mode=mode)), "a mode of prefill allocates nothing for decode"
+    assert needs_statistics(Settings(mode=mode, decode_tokens=1 << 17)) == (mode != "native")
+    assert needs_statistics(Settings(mode=mode, decode_mode="hisa"))
 
 
 def test_the_same_question_has_the_same_answer():

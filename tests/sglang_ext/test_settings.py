@@ -164,7 +164,7 @@ def test_words_ignore_case_and_space(value):
 def test_phase_modes_can_be_unset(value):
     settings = load_settings({"sglang_ext": {"mode": "hisa", "prefill_mode": value, "decode_mode": value}}, {})
     assert settings.prefill_mode is None and settings.decode_mode is None
-    assert settings.phase_mode("prefill") == settings.phase_mode("decode") == "hisa"
+    assert (settings.phase_mode("prefill"), settings.phase_mode("decode")) == ("hisa", "auto")
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,15 @@ def test_params_of_a_model_the_budget_is_too_small_for():
     ("settings", "prefill", "decode"),
     [
         (Settings(), "auto", "auto"),
-        (Settings(mode="hisa"), "hisa", "hisa"),
+        (Settings(mode="hisa"), "hisa", "auto"),
+        (Settings(mode="misa_rerank"), "misa_rerank", "auto"),
+        (Settings(mode="native"), "native", "native"),
+        (Settings(mode="native", prefill_mode="misa"), "misa", "native"),
+        (Settings(mode="native", decode_mode="auto"), "native", "auto"),
+        (Settings(prefill_mode="native"), "native", "auto"),
+        (Settings(mode="misa_rerank", decode_mode="hisa"), "misa_rerank", "hisa"),
         (Settings(mode="hisa", decode_mode="native"), "hisa", "native"),
-        (Settings(mode="hisa", prefill_mode="misa"), "misa", "hisa"),
+        (Settings(mode="hisa", prefill_mode="misa"), "misa", "auto"),
         (Settings(prefill_mode="misa", decode_mode="group_rerank"), "misa", "group_rerank"),
     ],
 )

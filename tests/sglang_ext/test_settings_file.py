@@ -72,15 +72,21 @@ def test_a_layer_has_its_own_values_and_the_deployments(write):
     ("deployment", "layer", "want"),
     [
         # under auto a layer's mode is what auto chooses, and waits as auto waits
-        ({}, {"mode": "hisa"}, ("auto", "hisa", "hisa")),
+        ({}, {"mode": "hisa"}, ("auto", "hisa", "auto")),
         ({}, {"prefill_mode": "hisa"}, ("auto", "hisa", "auto")),
         ({}, {"decode_mode": "hisa"}, ("auto", "misa_rerank", "hisa")),
         ({}, {"mode": "hisa", "decode_mode": "native"}, ("auto", "hisa", "native")),
+        ({}, {"mode": "hisa", "decode_mode": "misa_rerank"}, ("auto", "hisa", "misa_rerank")),
+        ({}, {"mode": "native", "decode_mode": "hisa"}, ("native", "misa_rerank", "hisa")),
         ({}, {"mode": "native"}, ("native", "misa_rerank", "native")),
-        ({"mode": "misa"}, {"mode": "hisa"}, ("hisa", "misa_rerank", "hisa")),
-        ({"prefill_mode": "misa"}, {"mode": "hisa"}, ("hisa", "misa_rerank", "hisa")),
+        ({"decode_mode": "hisa"}, {"mode": "misa"}, ("auto", "misa", "auto")),
+        ({"decode_mode": "hisa"}, {"mode": "native"}, ("native", "misa_rerank", "native")),
+        ({"decode_mode": "hisa"}, {"prefill_mode": "misa"}, ("auto", "misa", "hisa")),
+        ({"mode": "native"}, {"mode": "hisa"}, ("hisa", "misa_rerank", "auto")),
+        ({"mode": "misa"}, {"mode": "hisa"}, ("hisa", "misa_rerank", "auto")),
+        ({"prefill_mode": "misa"}, {"mode": "hisa"}, ("hisa", "misa_rerank", "auto")),
         ({"mode": "misa"}, {"mode": "auto"}, ("auto", "misa_rerank", "auto")),
-        ({"mode": "misa"}, {"prefill_mode": "none", "active_heads": 4}, ("misa", "misa_rerank", "misa")),
+        ({"mode": "misa"}, {"prefill_mode": "none", "active_heads": 4}, ("misa", "misa_rerank", "auto")),
     ],
 )
 def test_mode_of_a_layer(write, deployment, layer, want):
@@ -93,6 +99,8 @@ def test_mode_of_a_layer(write, deployment, layer, want):
     [
         ({}, "hisa", "misa", 4),
         ({"mode": "native"}, "native", "native", 4),
+        ({"mode": "misa_rerank"}, "misa_rerank", "auto", 4),
+        ({"mode": "misa_rerank", "decode_mode": "hisa"}, "misa_rerank", "hisa", 4),
         ({"mode": "auto"}, "hisa", "misa", 4),  # leaves it to the layers
         ({"prefill_mode": "native"}, "native", "misa", 4),
         ({"prefill_mode": "auto"}, "hisa", "misa", 4),
@@ -110,9 +118,9 @@ def test_the_environment_wins_over_the_files_layers(write, environ, prefill, dec
 
 @pytest.mark.parametrize(
     ("mode", "prefill", "decode"),
-    [("native", "native", "native"), ("misa", "misa", "misa"), ("auto", "hisa", "misa"), (None, "hisa", "misa")],
+    [("native", "native", "native"), ("misa", "misa", "auto"), ("auto", "hisa", "misa"), (None, "hisa", "misa")],
 )
-def test_a_later_mode_is_for_both_phases(write, mode, prefill, decode):
+def test_a_later_mode_replaces_both_phases_modes(write, mode, prefill, decode):
     environ = {} if mode is None else {"mode": mode}
     settings = load(write({"prefill_mode": "hisa", "decode_mode": "misa"}), **environ)
     assert (settings.phase_mode("prefill"), settings.phase_mode("decode")) == (prefill, decode)
@@ -126,13 +134,13 @@ def test_layers_of_two_sources_come_together(write):
     settings = load(path, config, layers='{"5": {"mode": "hisa"}}')
     assert settings.as_dict()["layers"] == {
         "3": {"active_heads": 4, "group": 2},
-        "5": {"prefill_mode": "hisa", "decode_mode": "hisa"},
+        "5": {"prefill_mode": "hisa", "decode_mode": "auto"},
         "7": {"group": 2},
     }
 
 
 def test_a_switched_mode_is_for_all_layers_and_auto_is_the_files(write):
-    settings = load(write({"layers": {"3": {"mode": "hisa"}}}))
+    settings = load(write({"layers": {"3": {"prefill_mode": "hisa", "decode_mode": "hisa"}}}))
     assert settings.switched("misa").of_layer(3).phase_mode("prefill") == "misa"
     assert settings.switched("misa").of_layer(3).phase_mode("decode") == "hisa"
     assert settings.switched("auto").of_layer(3).auto_prefill_mode == "hisa"

@@ -26,7 +26,7 @@ from tests.support.inputs import make_batch
 RAGGED, PAGED = sglang_hooks.SELECTING
 THEIRS = object()  # what the other plugin's selection returns
 NATIVE = object()
-MISA = {"mode": "misa", "backend": "reference", "route_block": 64, "active_heads": 2}
+MISA = {"mode": "misa", "decode_mode": "misa", "backend": "reference", "route_block": 64, "active_heads": 2}
 
 
 def theirs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_without_an_indexer(monkeypatch, caplog, strict):
-    stage = Stage(Settings(mode="misa", strict=strict), {})
+    stage = Stage(Settings(mode="misa", decode_mode="misa", strict=strict), {})
     with sut.unpatched_sglang():
         sglang_hooks.install(stage)
         if strict:

@@ -230,7 +230,7 @@ def switch_to(value: float) -> bool:
 
 
 def test_prefill_mode_switched_by_request():
-    stage = install(Settings(mode="misa", runtime_switch=True))
+    stage = install(Settings(mode="misa", decode_mode="misa", runtime_switch=True))
     assert switch_to(SERVE_MODES.index("hisa"))
     assert (stage.settings.phase_mode("prefill"), stage.settings.phase_mode("decode")) == ("hisa", "misa")
 

@@ -57,9 +57,8 @@ def native(batch) -> Native:
 
 @pytest.fixture
 def stage(native, monkeypatch) -> Iterator[Stage]:
-    settings = Settings(
-        mode="misa", backend="reference", route_block=64, active_heads=2, shadow_rate=1.0, guard_overlap=0.999
-    )
+    budget = {"backend": "reference", "route_block": 64, "active_heads": 2}
+    settings = Settings(mode="native", decode_mode="misa", **budget, shadow_rate=1.0, guard_overlap=0.999)
     stage = Stage(settings, {})
     stage._models.add(Model(8, 128, TOP_K))
     with sut.unpatched_sglang():

@@ -43,7 +43,7 @@ def test_prefill_decides_once_per_forward(batch):
 
 
 def test_a_native_decision_is_kept_too(batch):
-    stage, attention = Stage(replace(MISA, mode="auto"), {}), Attention()
+    stage, attention = Stage(replace(MISA, mode="auto", decode_mode="auto"), {}), Attention()
     first = prefill(stage, batch, attention)
     assert first.decision == ("native", "below_break_even") and first.parts == ()
     assert prefill(stage, batch, attention) is first
@@ -201,7 +201,7 @@ def test_native_layers(batch):
 
 
 def test_a_native_forward_is_counted_by_its_own_reason_in_every_layer(batch):
-    stage = Stage(replace(MISA, mode="native", native_layers=(0,)), {})
+    stage = Stage(replace(MISA, mode="native", decode_mode="native", native_layers=(0,)), {})
     forward = prefill(stage, batch)
     assert not stage.takes(forward, 0) and not stage.takes(forward, 1)
     assert calls(stage) == {("prefill", "native", "configured_native"): (2, 26)}
@@ -239,6 +239,17 @@ def test_strict_lets_native_by_choice_pass(batch):
     for settings in (Settings(strict=True, mode="native"), Settings(strict=True, backend="reference")):
         assert prefill(Stage(settings, {}), batch).decision.mode == "native"
         assert decode(Stage(settings, {})).decision.mode == "native"
+
+
+@pytest.mark.parametrize("mode", ["misa", "misa_rerank", "hisa", "group_rerank"])
+def test_strict_lets_a_decode_pass_that_nobody_named_a_mode_for(mode):
+    """`mode` is prefill's: decode is native by choice, and whether its mode could run is not even asked."""
+    stage, asked = Stage(Settings(strict=True, backend="reference", mode=mode), {}), Asked("no_statistics")
+    forward = decode(stage, unsupported=asked)
+    assert forward.decision == ("native", "auto_decode_native") and asked.times == 0
+    assert not stage.takes(forward, 0) and stage.status()["refused"] == []
+    with pytest.raises(RuntimeError, match="strict.*decode.*no_statistics"):
+        decode(Stage(replace(stage.settings, decode_mode="hisa"), {}), unsupported=asked)
 
 
 def table(rows: int) -> torch.Tensor:

@@ -154,6 +154,9 @@ def test_start_asks_for_nothing_where_auto_stays_native(gpu):
         ({"decode_mode": "native"}, []),
         ({"prefill_mode": "misa_rerank"}, ["decode mode auto is SGLang's own indexer"]),
         ({"mode": "native"}, []),
+        ({"mode": "misa_rerank"}, ["decode mode auto is SGLang's own indexer"]),
+        ({"mode": "misa_rerank", "decode_mode": "hisa"}, []),
+        ({"mode": "misa_rerank", "decode_tokens": 32768}, []),
     ],
     ids=str,
 )
@@ -232,6 +235,18 @@ def test_decode_misa_rerank_needs_hisas_kernels_too(gpu, caplog):
     assert "decode mode 'misa_rerank': no blocks" in log_lines(caplog, logging.WARNING)[-1]
 
 
+@pytest.mark.parametrize("mode", ["misa_rerank", "hisa"])
+def test_a_mode_of_prefill_needs_nothing_for_decode(gpu, mode):
+    """Neither memory for statistics nor kernels of decode; the same of a layer's mode."""
+    for own in ({"mode": mode}, {"mode": "native", "layers": {"0": {"mode": mode}}}):
+        stage = Stage(load_settings({"sglang_ext": own}, {}), {})
+        start(stage, {"sglang_ext": own}, device=gpu.device)
+        assert gpu.compiled == [(2048, 64, mode)] and not stage.wants_statistics()
+        gpu.compiled.clear()
+    stage = Stage(Settings(mode=mode, decode_tokens=32768), {})
+    assert stage.wants_statistics(), "auto decode that may choose hisa keeps them"
+
+
 def test_a_kernel_that_does_not_compile_means_native_with_a_reason(gpu, monkeypatch, batch):
     gpu.failures["pack"] = "syntax error"
     own = {"prefill_mode": "hisa", "decode_mode": "native"}
@@ -244,7 +259,7 @@ def test_a_kernel_that_does_not_compile_means_native_with_a_reason(gpu, monkeypa
 
 
 def test_switch_prefill():
-    stage = Stage(Settings(mode="misa", runtime_switch=True), {})
+    stage = Stage(Settings(mode="misa", decode_mode="misa", runtime_switch=True), {})
     for number, mode in enumerate(SERVE_MODES):
         stage.switch_prefill(float(number))
         assert stage.settings.phase_mode("prefill") == mode

@@ -12,7 +12,7 @@ from sglang_ext.stage import Stage
 from tests.support.inputs import Batch, make_batch
 
 # Prunes contexts of a few hundred tokens: misa differs from native from the first full block on.
-MISA = Settings(mode="misa", backend="reference", route_block=64, active_heads=2)
+MISA = Settings(mode="misa", decode_mode="misa", backend="reference", route_block=64, active_heads=2)
 
 
 def stage_batch() -> Batch:

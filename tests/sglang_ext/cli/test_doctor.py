@@ -223,6 +223,13 @@ def test_a_shape_that_is_no_number_is_one_line(healthy, value, tmp_path, capsys)
         ({"mode": "misa_rerank"}, "prefill", "128K: misa_rerank (configured)"),
         ({}, "decode", "1 rows: native (auto_decode_native), 8 rows: native (auto_decode_native), 64 rows: native"),
         ({"decode_mode": "hisa"}, "decode", "1 rows: hisa (configured)"),
+        ({"mode": "misa_rerank", "decode_mode": "hisa"}, "decode", "1 rows: hisa (configured)"),
+        (
+            {"mode": "misa_rerank"},
+            "decode",
+            "256 rows: native (auto_decode_native) - mode=misa_rerank is prefill's, a mode of decode is named by",
+        ),
+        ({"mode": "native"}, "decode", "1 rows: native (configured_native)"),
         (
             {"decode_tokens": 20000},
             "decode",
