@@ -31,7 +31,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "group_rerank, auto",
     )
     parser.add_argument("--prefill-mode", metavar="MODE", help="overrides --mode for prefill")
-    parser.add_argument("--decode-mode", metavar="MODE", help="mode of decode; without it native with --mode native, else auto")
+    parser.add_argument(
+        "--decode-mode", metavar="MODE", help="mode of decode; without it native with --mode native, else auto"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="end the server where the plugin cannot run, never fall back"
     )

@@ -77,7 +77,11 @@ TABLE = [
     # `mode` names none for decode: that is auto, unless it is native
     *[(Settings(mode=m), decode(), Decision("native", "auto_decode_native")) for m in MODES if m != "native"],
     (Settings(mode="misa_rerank"), decode("no_statistics"), Decision("native", "auto_decode_native")),
-    (Settings(mode="misa_rerank", decode_tokens=1 << 17), decode()._replace(rows=64), Decision("hisa", "auto_selected")),
+    (
+        Settings(mode="misa_rerank", decode_tokens=1 << 17),
+        decode()._replace(rows=64),
+        Decision("hisa", "auto_selected"),
+    ),
     (Settings(mode="hisa", decode_tokens=1 << 17), decode(), Decision("native", "below_break_even")),
     (Settings(mode="native", decode_tokens=1 << 17), decode(), Decision("native", "configured_native")),
     (Settings(mode="misa_rerank", decode_mode="hisa"), decode(), Decision("hisa", "configured")),

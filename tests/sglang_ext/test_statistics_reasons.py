@@ -219,6 +219,15 @@ def test_their_bytes_are_counted_where_sglang_sizes_its_pools(stage, sizes):
     assert sglang_statistics.statistics_of(pool).status()["bytes"] == tokens * (sizes(2) - 2 * 132)
 
 
+@pytest.mark.parametrize("mode", ["misa_rerank", "hisa"])
+def test_a_mode_of_prefill_takes_no_memory_for_decode(stage, sizes, mode):
+    sut.use(stage, mode=mode, decode_mode=None, strict=True)
+    assert sizes(61) == 61 * 132
+    pool = make_pool(4)
+    assert sglang_statistics.statistics_of(pool) is None
+    assert decoded(stage, pool) == {("native", "auto_decode_native")} and stage.status()["refused"] == []
+
+
 def test_nothing_is_counted_where_nothing_will_be_allocated(stage, sizes):
     assert sizes(61, hisparse=True) == 61 * 132
     assert sizes(61, index_kpool=4) == 61 * 33
