@@ -12,6 +12,7 @@ from sglang_ext.shadow import Shadow
 PREFIX = "sglang_ext:"
 LAYER = ("phase", "mode", "layer")
 REASON = ("phase", "mode", "reason")
+FALLBACKS = (*policy.UNSUPPORTED, policy.GUARD)
 # name -> (labels besides SGLang's own, meaning). Counters, of which Prometheus takes the rate.
 COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "forwards_total": (REASON, "Forwards decided, by mode and reason."),
@@ -87,16 +88,16 @@ class Metrics:
 def counted(counters: Counters, shadow: Shadow | None) -> Iterator[Reading]:
     """What every counter of COUNTERS stands at."""
     snapshot: dict[str, Any] = counters.snapshot(wait=False)
-    fallbacks: dict[tuple[str, str], int] = {}
+    # All of them from the start: Prometheus sees no increase in a series that begins with its first count.
+    fallbacks = {(phase, reason): 0 for phase in ("prefill", "decode") for reason in FALLBACKS}
     for one in snapshot["forwards"]:
         yield Reading("forwards_total", (one["phase"], one["mode"], one["reason"]), one["forwards"])
     for one in snapshot["calls"]:
         labels = (one["phase"], one["mode"], one["reason"])
         yield Reading("calls_total", labels, one["calls"])
         yield Reading("rows_total", labels, one["rows"])
-        if one["mode"] == "native" and (one["reason"] in policy.UNSUPPORTED or one["reason"] == policy.GUARD):
-            key = (one["phase"], one["reason"])
-            fallbacks[key] = fallbacks.get(key, 0) + one["calls"]
+        if one["mode"] == "native" and one["reason"] in FALLBACKS:
+            fallbacks[one["phase"], one["reason"]] += one["calls"]
     for key, calls in fallbacks.items():
         yield Reading("fallbacks_total", key, calls)
     for name, runs in snapshot["device_runs"].items():

@@ -53,7 +53,7 @@ UNSUPPORTED = {
     "no_statistics": "the pool of index keys holds no block statistics, which this decode mode reads",
     "statistics_memory": "no memory was left for block statistics",
     "statistics_lost": "a decode step could not be followed by the block statistics, so they are no longer right",
-    "block_size": "block_size or route_block is not a multiple of the 64 tokens whose statistics are stored",
+    "block_size": "block_size, or misa_rerank's route_block, is not a multiple of the 64 tokens of a stored statistic",
     "no_kernel": "the gpu backend has no kernels for this mode, model or GPU",
 }
 
@@ -156,3 +156,11 @@ def kernel_modes(phase: str, settings: Settings) -> tuple[str, ...]:
 def needs_statistics(settings: Settings) -> bool:
     """Whether decode may run a mode that reads stored block statistics: else none are allocated or kept."""
     return asks("decode", settings) and mode_to_try("decode", settings) in STATISTICS_MODES
+
+
+def reads_whole_pages(settings: Settings) -> bool:
+    """Whether the blocks by which decode chooses are made of whole pages, whose means are stored: hisa's blocks, and
+    those that route the heads of misa_rerank.
+    """
+    routed = mode_to_try("decode", settings) == "misa_rerank"
+    return not settings.block_size % 64 and not (routed and settings.route_block % 64)

@@ -311,7 +311,7 @@ class Stage:
             return None
         if self._no_statistics is not None:
             return self._no_statistics
-        if settings.block_size % 64 or settings.route_block % 64:
+        if not policy.reads_whole_pages(settings):
             return "block_size"
         return None if isinstance(kept, PoolStatistics) else kept or "no_statistics"
 

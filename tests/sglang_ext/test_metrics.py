@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_ext.metrics import COUNTERS, GAUGES, PREFIX, Metrics, counted
 from sglang_ext.overlap import BOUNDS, Key
+from sglang_ext.policy import BY_CHOICE
 from sglang_ext.settings import Settings
 from sglang_ext.sglang_metrics import after_log_stats
 from sglang_ext.stage import Stage
@@ -121,8 +122,13 @@ def test_guarded_calls_are_fallbacks_and_configured_ones_are_not():
     stage = Stage(Settings(), {})
     for reason in ("guard", "hisparse", "too_long", "configured_native", "below_break_even", "native_layer"):
         stage.counters.count("prefill", "native", reason, 1)
-    reasons = {reading.labels[1] for reading in counted(stage.counters, None) if reading.name == "fallbacks_total"}
-    assert reasons == {"guard", "hisparse", "too_long"}
+    fallbacks = [reading for reading in counted(stage.counters, None) if reading.name == "fallbacks_total"]
+    assert {(*reading.labels, reading.value) for reading in fallbacks if reading.value} == {
+        ("prefill", "guard", 1), ("prefill", "hisparse", 1), ("prefill", "too_long", 1)
+    }  # fmt: skip
+    # the others stand at 0 from the start, or the first fallback would be no increase
+    assert {reading.labels for reading in fallbacks} >= {("decode", "no_statistics"), ("prefill", "no_kernel")}
+    assert not {reading.labels[1] for reading in fallbacks} & BY_CHOICE - {"guard"}
 
 
 def test_an_update_waits_for_no_device(monkeypatch):

@@ -132,10 +132,15 @@ def test_a_pool_made_before_anything_asked(stage):
     assert decoded(stage, pool) == {("native", "no_statistics")}
 
 
-@pytest.mark.parametrize("field", [{"block_size": 96}, {"route_block": 32}])
+@pytest.mark.parametrize("field", [{"block_size": 96}, {"decode_mode": "misa_rerank", "route_block": 32}])
 def test_blocks_that_are_not_whole_pages(stage, field):
     sut.use(stage, **SETTINGS | field)
     assert decoded(stage, make_pool(4)) == {("native", "block_size")}
+
+
+def test_hisa_reads_no_blocks_that_route(stage):
+    sut.use(stage, **SETTINGS | {"route_block": 32})
+    assert decoded(stage, make_pool(4)) == {("hisa", "configured")}
 
 
 def test_modes_that_read_none_run_without(stage):
