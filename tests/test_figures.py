@@ -148,3 +148,15 @@ def test_computed_traces():
         whole = found[None]
         assert agree(of_all, whole["recall_mean"], whole["recall_min"]), (name, of_all)
         assert agree(mass, whole["mass_mean"]) and agree(work, whole["work"]), (name, mass, work)
+
+
+def test_study_of_decode():
+    found = record("small_dsa/study_decode.json")
+    entries = found["tasks"]["niah_multikey_2"]
+    rows = table("docs/quality.md", "candidates of an answer's rows")
+    for (name, read, answers, tokens, layer), (choice, entry) in zip(rows, entries.items(), strict=True):
+        assert int(answers) == entry["answers"] and int(tokens) == entry["right"], name
+        assert (entry["questions"], entry["tokens"]) == (12, 36)
+        assert int(read) == found["bytes"].get(choice, 132), name
+        of_layer = entry["layers"].get("2", {"recall": 1.0, "best": 1.0})
+        assert agree(layer, of_layer["recall"], of_layer["best"]), (name, layer)
