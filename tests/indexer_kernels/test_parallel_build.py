@@ -211,9 +211,42 @@ LOWERED = """
 """
 
 
+BUILT_TWICE = """
+    import tilelang
+    import triton
+
+    from indexer_kernels import IndexerParams
+    from indexer_kernels.gpu.compile_check import GPU_MODES, kernel_builders
+    from indexer_kernels.gpu.parallel_build import build_all
+
+    compiled = []
+    tilelang.compile = lambda func, **_: compiled.append(func)
+    triton.compile = lambda source, **_: None
+    builders = [
+        lambda build=build: build()  # no two are equal
+        for mode in 2 * GPU_MODES
+        for build in kernel_builders(IndexerParams(), 64, (mode,)).values()
+    ]
+    assert not any(build_all(builders, 4))
+    kernels = {(func.attrs["global_symbol"], func.script()) for func in compiled}
+    assert len({name for name, _ in kernels}) >= 8, sorted(name for name, _ in kernels)
+    print(len(compiled), len(kernels))
+"""
+
+
+def run(code: str) -> str:
+    """The last line that a process of its own prints."""
+    pytest.importorskip("tilelang", reason="the gpu extra is not installed")
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
 def test_lowering_registers_no_type():
     """TVM's table of types has no lock: threads may only read it."""
-    pytest.importorskip("tilelang", reason="the gpu extra is not installed")
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOWERED)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "new: []"
+    assert run(LOWERED) == "new: []"
+
+
+def test_every_tilelang_kernel_is_compiled_once_however_many_threads_ask_for_it():
+    compiled, kernels = map(int, run(BUILT_TWICE).split())
+    assert compiled == kernels
