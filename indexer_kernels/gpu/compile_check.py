@@ -58,7 +58,7 @@ def kernel_builders(params: IndexerParams, num_heads: int, modes: Sequence[str])
     if "misa" in modes:
         builders |= _token_builders("misa", params.top_k, (0, 0), num_heads, active)
     if "misa_rerank" in modes and params.candidate_unit == "page":
-        builders["routed_scores maxima"] = _scan_builder(routed_scores_kernel.build, active, "maxima")
+        builders["routed_scores maxima"] = partial(_build_scan, routed_scores_kernel.build, active, "maxima")
         builders |= _select_builders("page_select", params.candidates // 64, 1, 4, params.local_tokens)
     elif "misa_rerank" in modes:
         forced = (PAGE_TOKENS, params.local_tokens)
@@ -104,9 +104,9 @@ def _decode_builders(params: IndexerParams, num_heads: int, modes: Sequence[str]
     )
 
 
-def _scan_builder(build: Callable[..., object], *setting: int | str) -> Callable[[], object]:
+def _build_scan(build: Callable[..., object], *setting: int | str) -> object:
     """A scan is compiled for the number of SMs: another Hopper than an H200 has another."""
-    return partial(build, *setting, num_sms(torch.device("cuda")) if torch.cuda.is_available() else H200_SMS)
+    return build(*setting, num_sms(torch.device("cuda")) if torch.cuda.is_available() else H200_SMS)
 
 
 def _compile_schedulers(num_heads: int) -> None:
@@ -120,7 +120,8 @@ def _group_builders(params: IndexerParams, num_heads: int) -> dict[str, Callable
     """The group's size in prefill, single rows in decode; positions for `select_rows`, slots for a server."""
     budget, group, forced = params.candidates, params.group, (PAGE_TOKENS, params.local_tokens)
     builders: dict[str, Callable[[], object]] = {
-        f"group_scan {form}": _scan_builder(group_scan_kernel.build, num_heads, form) for form in ("scores", "mask")
+        f"group_scan {form}": partial(_build_scan, group_scan_kernel.build, num_heads, form)
+        for form in ("scores", "mask")
     }
     builders |= _sample_builders("group", budget, forced)
     builders["group rescan_scores"] = partial(rescan_kernel.compile_scores, num_heads, True)
@@ -148,7 +149,8 @@ def _token_builders(
     top-k that is not fused.
     """
     builders: dict[str, Callable[[], object]] = {
-        f"routed_scores {form}": _scan_builder(routed_scores_kernel.build, active, form) for form in ("scores", "mask")
+        f"routed_scores {form}": partial(_build_scan, routed_scores_kernel.build, active, form)
+        for form in ("scores", "mask")
     }
     builders |= _sample_builders(mode, budget, forced)
     builders["rescan_scores"] = partial(rescan_kernel.compile_scores, active)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-MOST_WORKERS = 8  # of each rank: one compiler holds some 300 MB, and an eighth of a start's compilations is seconds
+MOST_WORKERS = 8  # of each rank: a compiler holds up to 450 MB, and an eighth of a start's compilations is seconds
 Builder = Callable[[], object]
 
 
