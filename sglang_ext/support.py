@@ -1,7 +1,7 @@
 """Which modes the machine can run: refusals of the gpu backend, kernels that do not compile, and what is said of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,15 @@ class Support:
         """Before the first request: refuse what cannot run, compile what can, of every layer's settings. q: no rows, in
         the model's shape. RuntimeError under strict.
         """
-        done: set[tuple[str, IndexerParams]] = set()
+        wanted: dict[tuple[str, IndexerParams], Settings] = {}
         for settings in variants:
             params, modes = settings.params(top_k), self._runnable(settings, q, top_k)
             if settings.runtime_switch:  # any of them may be asked for later
                 modes += [m for m in MODES if m not in modes and self.refusal(settings, m, q, top_k) is None]
-            modes = [mode for mode in modes if (mode, params) not in done]
             if settings.backend != "reference":
-                self.compile(settings, modes, q.shape[1], top_k)
-            done |= {(mode, params) for mode in modes}
+                for mode in modes:
+                    wanted.setdefault((mode, params), settings)
+        self.compile(wanted, q.shape[1])
 
     def _runnable(self, settings: Settings, q: torch.Tensor, top_k: int) -> list[str]:
         """The modes that the settings ask for, without those that the machine refuses."""
@@ -85,16 +85,18 @@ class Support:
                 modes += [mode for mode in policy.kernel_modes(phase, settings) if mode not in modes]
         return modes
 
-    def compile(self, settings: Settings, modes: Sequence[str], num_heads: int, top_k: int) -> None:
-        """Compile before the first request, so that none waits for it (TileLang keeps the result on disk).
+    def compile(self, wanted: Mapping[tuple[str, IndexerParams], Settings], num_heads: int) -> None:
+        """Compile before the first request, so that none waits for it (TileLang and Triton keep the results on disk).
 
-        A mode with a kernel that does not compile is refused from then on, with these parameters.
+        wanted: (mode, parameters) -> settings that ask for them. A mode with a kernel that does not compile is refused
+        from then on, with these parameters.
         """
-        from indexer_kernels.gpu.compile_check import compile_all
+        if not wanted:
+            return
+        from indexer_kernels.gpu.compile_check import compile_each
 
-        params = settings.params(top_k)
-        for mode in modes:
-            for name, error in compile_all(params, num_heads, (mode,)):
+        for (key, settings), outcome in zip(wanted.items(), compile_each(list(wanted), num_heads)):
+            for name, error in outcome:
                 if error is not None:
-                    sentence = self._broken.setdefault((mode, params), f"kernel {name} does not compile: {error}")
+                    sentence = self._broken.setdefault(key, f"kernel {name} does not compile: {error}")
                     self.reject(settings, sentence)

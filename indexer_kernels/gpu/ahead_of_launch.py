@@ -7,6 +7,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from indexer_kernels.gpu.build_once import lock_of
+
 
 def compile_sm90(
     kernel: Any,
@@ -26,4 +28,6 @@ def compile_sm90(
     attributes |= {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     attributes = dict(sorted(attributes.items()))  # Triton's cache tells orders apart
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+    variant = (tuple(signature.items()), tuple(constants.items()), tuple(options.items()), tuple(aligned))
+    with lock_of((kernel.__module__, kernel.__name__, variant)):  # the next one finds it on disk
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))

@@ -6,12 +6,11 @@ chunk's tokens in shared memory and full warps write them out: stores to where e
 32 bytes apiece.
 """
 
-import functools
-
 import tilelang
 import tilelang.language as T
 import torch
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.lists import Lists
 from indexer_kernels.gpu.target import PAGE_TOKENS, PASS_CONFIGS, TARGET
 
@@ -193,7 +192,7 @@ def bit_list_prim_func(
     return bit_list.with_attr("global_symbol", f"bit_list_u{unit_rows}{'_by_row' if by_row else ''}")
 
 
-@functools.cache
+@build_once
 def build(
     unit_rows: int, budget: int, first_tokens: int, local_tokens: int, with_positions: bool, by_row: bool = False
 ):

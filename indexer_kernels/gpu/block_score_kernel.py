@@ -2,11 +2,10 @@
 block means.
 """
 
-import functools
-
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
@@ -90,7 +89,7 @@ def block_score_prim_func(num_heads: int, block_size: int):
     return block_score.with_attr("global_symbol", f"block_score_h{num_heads}_b{block_size}")
 
 
-@functools.cache
+@build_once
 def build(num_heads: int, block_size: int):
     """Compiled once per model shape and block size, whatever the batch."""
     return tilelang.compile(

@@ -12,6 +12,7 @@ from typing import Literal
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.key_scan_kernel import key_scan
 from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET, WARP_KEYS
@@ -131,7 +132,7 @@ def group_scan_prim_func(num_heads: int, form: Form, num_sms: int):
     return group_scan.with_attr("global_symbol", f"group_scan_{form}_h{num_heads}")
 
 
-@functools.cache
+@build_once
 def build(num_heads: int, form: Form, num_sms: int):
     """Compiled once per model shape and output form, whatever the batch."""
     return tilelang.compile(

@@ -1,10 +1,9 @@
 """TileLang body of head routing. One CTA serves two (H=64) or four (H=32) rows of a tile."""
 
-import functools
-
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
@@ -116,7 +115,7 @@ def head_route_prim_func(num_heads: int, active_heads: int, route_block: int, st
     return head_route.with_attr("global_symbol", f"head_route_h{num_heads}_a{active_heads}_b{route_block}_{statistic}")
 
 
-@functools.cache
+@build_once
 def build(num_heads: int, active_heads: int, route_block: int, statistic: str):
     """Compiled once per model shape and routing setting, whatever the batch."""
     return tilelang.compile(

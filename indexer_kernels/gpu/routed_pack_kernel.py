@@ -1,10 +1,9 @@
 """TileLang body that lays out the routed heads for the scan. One CTA gathers the rows of one tile."""
 
-import functools
-
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PASS_CONFIGS, TARGET
 from indexer_kernels.row_plan import TILE_ROWS
 
@@ -52,7 +51,7 @@ def routed_pack_prim_func(num_heads: int, active_heads: int):
     return routed_pack.with_attr("global_symbol", f"routed_pack_h{num_heads}_a{active_heads}")
 
 
-@functools.cache
+@build_once
 def build(num_heads: int, active_heads: int):
     """Compiled once per model shape and active head count, whatever the batch."""
     return tilelang.compile(

@@ -14,6 +14,7 @@ from typing import Literal
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.key_scan_kernel import key_scan
 from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET, WARP_KEYS
@@ -134,7 +135,7 @@ def routed_scores_prim_func(active_heads: int, form: Form, num_sms: int):
     return routed_scores.with_attr("global_symbol", name)
 
 
-@functools.cache
+@build_once
 def build(active_heads: int, form: Form, num_sms: int):
     """Compiled once per active head count and output form, whatever the batch."""
     return tilelang.compile(

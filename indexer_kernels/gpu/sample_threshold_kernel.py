@@ -4,7 +4,6 @@ Counting passes would compare every sample once a bit. Instead two histograms in
 among the samples in the bin found there, of the next ones, tell the threshold's bits in two passes over registers.
 """
 
-import functools
 from typing import NamedTuple
 
 import tilelang
@@ -12,6 +11,7 @@ import tilelang.language as T
 import torch
 
 from indexer_kernels.gpu import sample_kernel
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.target import PASS_CONFIGS, TARGET
 
 # Samples that a CTA holds, by the longest row of the batch: threads, of 8 or 16 samples each.
@@ -175,7 +175,7 @@ def sample_threshold_prim_func(
     return sample_threshold_of_rows.with_attr("global_symbol", "sample_threshold")
 
 
-@functools.cache
+@build_once
 def build(budget: int, first_tokens: int, local_tokens: int, cell: int, most: int, sigmas: float, held: int):
     """Compiled once per setting and number of held samples, whatever the batch."""
     return tilelang.compile(

@@ -1,6 +1,7 @@
 """What every TileLang kernel is compiled for, and the page geometry it reads."""
 
 import tilelang
+from tilelang import tvm
 
 from indexer_kernels.page_layout import HEAD_DIM, PAGE_TOKENS
 
@@ -15,3 +16,15 @@ PASS_CONFIGS = {
 }
 FP8 = "float8_e4m3fn"
 WARP_KEYS = 16  # keys one warp holds of a wgmma tile: 64 per warpgroup, four warps
+
+
+def register_types() -> None:
+    """Has TVM register now what it would at the first use: its table of types has no lock, and kernels are built by
+    several threads, which only read it once everything is there.
+    """
+    x = tvm.tirx.Var("x", "int32")
+    tvm.arith.Analyzer().canonical_simplify(x * 2 + x)
+    tvm.IRModule({}).script()
+
+
+register_types()

@@ -4,12 +4,12 @@ One CTA scores a stretch of one list. The candidates lie scattered over the cach
 128 bytes each, ahead of the product with the heads of all rows.
 """
 
-import functools
 from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
 
+from indexer_kernels.gpu.build_once import build_once
 from indexer_kernels.gpu.relu_kernel import PRODUCT_LIMIT, relu_share
 from indexer_kernels.gpu.target import FP8, HEAD_DIM, PAGE_TOKENS, PASS_CONFIGS, TARGET
 
@@ -153,7 +153,7 @@ def token_scores_prim_func(num_heads: int, list_rows: int):
     return token_scores.with_attr("global_symbol", f"token_scores_h{num_heads}_r{list_rows}")
 
 
-@functools.cache
+@build_once
 def build(num_heads: int, list_rows: int):
     """Compiled once per head count and rows of a list, whatever the batch."""
     return tilelang.compile(

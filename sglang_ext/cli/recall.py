@@ -128,11 +128,17 @@ def measured_rows(mode: str, lengths: torch.Tensor, params: IndexerParams) -> to
 
 
 def evaluate(
-    samples: Sequence[Sample], modes: Sequence[str], settings: Sequence[IndexerParams], backend: str, device: str
+    samples: Sequence[Sample],
+    modes: Sequence[str],
+    settings: Sequence[IndexerParams],
+    backend: str,
+    device: str,
+    skips: Callable[[str, IndexerParams], bool] = lambda mode, params: False,
 ) -> Iterator[Measured | None]:
     """Every mode with every set of parameters on every sample, sample by sample.
 
-    None stands for a run that was not needed: a mode without a row to measure, or of whose parameters none changed.
+    None stands for a run that was not needed: a mode without a row to measure, of whose parameters none changed, or
+    that `skips` names with its parameters.
     """
     warm = samples[0].to(device).tensors
     _select("native", tuple(t[:1] for t in warm[:2]) + warm[2:4] + tuple(t[:1] for t in warm[4:]), settings[0], backend)
@@ -148,7 +154,7 @@ def evaluate(
             for mode in modes:
                 key = (mode, *relevant(mode, params).items())
                 rows = measured_rows(mode, moved.lengths, params)
-                if key in done or not rows.any():
+                if key in done or not rows.any() or skips(mode, params):
                     yield None
                     continue
                 done.add(key)

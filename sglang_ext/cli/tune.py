@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from indexer_kernels import MODES, IndexerParams
 from sglang_ext.cli.parameter_flags import add_parameter_flags, integers, mode_names, parameters_of
 from sglang_ext.cli.recall import Measured, Sample, evaluate, trace_samples
 from sglang_ext.cli.tune_choice import TUNED, Choice, Found, Option, Target, choose_layer, gather, option_of, passing
+from sglang_ext.cli.tune_compile import broken_options
 from sglang_ext.cli.tune_cost import FORMULA, Costs, formula_costs, time_costs, timing
 from sglang_ext.cli.tune_file import file_content, where_and_when, write_settings_file
 from sglang_ext.cli.tune_input import check_arguments, grid_of, refused_options, shape_of, traces_of
@@ -59,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     refused = refused_options(args.modes, grid, model)
     samples = trace_samples(traces, args.contexts)
     quiet = args.quiet or not sys.stderr.isatty()
-    seen = recalls(samples, grid, args, quiet)
-    measured = [one for one in seen if option_of(one.mode, one.params) not in refused]
+    if args.backend != "reference" or how is not None:
+        refused |= broken_options(args.modes, grid, refused, traces[0].q, quiet)
+    measured = recalls(samples, grid, args, refused, quiet)
     found, target = gather(measured), Target(args.recall_target, args.recall_min)
     # Of all layers: one that was not traced at the longest prompts would run there what nobody has measured.
     contexts = {sample.context for sample in samples}
@@ -87,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
     starts = None if how is None else shortest_prompts(samples)
     write_settings_file(args.out, file_content(choices, base, num_layers, starts, facts))
     print(report(choices, facts, refused))
-    if unseen := [mode for mode in args.modes if mode not in {one.mode for one in seen}]:
+    asked = {option_of(mode, params) for mode in args.modes for params in grid} - refused.keys()
+    untold = {option.mode for option in asked} - {one.mode for one in measured}
+    if unseen := [mode for mode in args.modes if mode in untold]:
         print(f"not measured, no row of the traces can tell: {', '.join(unseen)}")
     if args.json:
         args.json.write_text(json.dumps(record(facts, found, costs, refused), indent=1) + "\n")
@@ -97,14 +101,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def recalls(
-    samples: Sequence[Sample], grid: Sequence[IndexerParams], args: argparse.Namespace, quiet: bool
+    samples: Sequence[Sample],
+    grid: Sequence[IndexerParams],
+    args: argparse.Namespace,
+    refused: Collection[Option],
+    quiet: bool,
 ) -> list[Measured]:
-    """What every mode finds with every set of parameters it depends on."""
+    """What every mode finds with every set of parameters it depends on, those of `refused` left out."""
     device = "cuda" if args.backend != "reference" and torch.cuda.is_available() else "cpu"
     measured = []
+
+    def skips(mode: str, params: IndexerParams) -> bool:
+        return option_of(mode, params) in refused
+
     total = len(samples) * len(grid) * len(args.modes)
     with tqdm(total=total, file=sys.stderr, disable=quiet, desc="recall", unit="run") as bar:
-        for one in evaluate(samples, args.modes, grid, args.backend, device):
+        for one in evaluate(samples, args.modes, grid, args.backend, device, skips):
             if one is not None:
                 measured.append(one)
             bar.update()

@@ -349,3 +349,23 @@ def test_compile_all_reports_every_kernel_and_its_error(monkeypatch):
     }
     assert outcome.pop("head_route H=64") == "RuntimeError: last line"
     assert set(outcome.values()) == {None}
+
+
+def test_compile_each_tells_each_of_its_own_kernels_and_of_those_they_share(monkeypatch):
+    built = []
+
+    def build(*setting):
+        built.append(setting)
+        if setting == (32, 8):
+            raise RuntimeError("no registers left")
+
+    few, many = IndexerParams(), IndexerParams(candidates=12288)
+    builders = {
+        ("misa", few): {"pack": functools.partial(build, 32, 8), "list": functools.partial(build, 2048)},
+        ("misa_rerank", few): {"pack": functools.partial(build, 32, 8), "list": functools.partial(build, 10240)},
+        ("misa_rerank", many): {"pack": functools.partial(build, 32, 8), "list": functools.partial(build, 12288)},
+    }
+    monkeypatch.setattr(compile_check, "kernel_builders", lambda params, heads, modes: builders[modes[0], params])
+    outcomes = list(compile_check.compile_each(list(builders), 32, workers=2))
+    assert outcomes == 3 * [[("pack", "RuntimeError: no registers left"), ("list", None)]]
+    assert sorted(built) == [(32, 8), (2048,), (10240,), (12288,)], "each kernel once"

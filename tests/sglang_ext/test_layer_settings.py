@@ -243,7 +243,7 @@ def test_start_compiles_what_any_layer_runs(tuned, monkeypatch):
     monkeypatch.setattr(
         stage.support,
         "compile",
-        lambda own, modes, heads, top_k: compiled.extend((m, own.active_heads) for m in modes),
+        lambda wanted, heads: compiled.extend((mode, params.active_heads) for mode, params in wanted),
     )
     start(stage, {}, device="cuda")
     assert compiled == [("misa", 8), ("hisa", 8), ("misa", 4), ("hisa", 4)]

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -95,18 +96,20 @@ def test_top_k_is_the_largest_of_the_models():
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU for `start`: what was asked of the backend is noted, `refusal` and `failures` are its answers."""
-    seen = SimpleNamespace(refusal={}, failures={}, asked=[], compiled=[], prepared=[])
+    seen = SimpleNamespace(refusal={}, failures={}, asked=[], compiled=[], prepared=[], calls=0)
 
     def gpu_refusal(mode: str, q: torch.Tensor, params: Any) -> str | None:
         seen.asked.append((mode, tuple(q.shape), params.top_k))
         return seen.refusal.get(mode)
 
-    def compile_all(params: Any, num_heads: int, modes: tuple[str, ...]) -> list[tuple[str, str | None]]:
-        seen.compiled.append((params.top_k, num_heads, *modes))
-        return [("scan", None), ("pack", seen.failures.get("pack"))]
+    def compile_each(wanted: list[tuple[str, Any]], num_heads: int) -> Iterator[list[tuple[str, str | None]]]:
+        seen.calls += 1
+        for mode, params in wanted:
+            seen.compiled.append((params.top_k, num_heads, mode))
+            yield [("scan", None), ("pack", seen.failures.get("pack"))]
 
     compile_check = ModuleType("compile_check")
-    compile_check.compile_all = compile_all
+    compile_check.compile_each = compile_each
     monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.compile_check", compile_check)
     monkeypatch.setattr("sglang_ext.support.gpu_refusal", gpu_refusal)
     monkeypatch.setattr("sglang_ext.stage.Counters.prepare_device", lambda _self, device: seen.prepared.append(device))
@@ -228,6 +231,7 @@ def test_decode_misa_rerank_needs_hisas_kernels_too(gpu, caplog):
     own = {"prefill_mode": "native", "decode_mode": "misa_rerank"}
     start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
     assert gpu.compiled == [(2048, 64, "misa_rerank"), (2048, 64, "hisa")]
+    assert gpu.calls == 1, "all that a start needs is compiled at once"
     gpu.refusal["hisa"] = "no blocks"
     stage = Stage(Settings(**own), {})
     start(stage, {"sglang_ext": own}, device=gpu.device)

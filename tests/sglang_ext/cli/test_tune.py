@@ -1,6 +1,10 @@
 """`sglang-ext tune` from traces to a file that a server takes: on made-up traces, and on the package's."""
 
 import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 
 from indexer_kernels.synthetic import make_case
 from indexer_kernels.traces import Trace, save_traces
-from sglang_ext.cli import tune, tune_cost
+from sglang_ext.cli import tune, tune_compile, tune_cost
 from sglang_ext.cli.main import main
 from sglang_ext.cli.tune_choice import Cost
 from sglang_ext.settings import load_settings
@@ -17,6 +21,7 @@ from sglang_ext.settings_file import read_settings_file
 # A grid small enough for seconds: contexts of 6000 tokens, of which rows select 2048.
 SMALL = ["--active-heads", "4,8", "--candidates", "2560,3072", "--top-blocks", "20,24", "--quiet"]
 CHEAP = ["--modes", "misa_rerank,hisa", *SMALL]
+KERNELS_SERVE = tune_compile.kernels_serve
 
 
 def trace(layer: int, context: int = 6000, model: str = "tiny-dsa", heads: int = 32) -> Trace:
@@ -123,9 +128,12 @@ def test_a_device_that_cannot_time_is_one_line(traces, out, monkeypatch, capsys)
     assert "layer 0 at 6144 tokens could not be timed: CUDA out of memory; fewer --rows" in capsys.readouterr().err
 
 
-def test_modes_without_a_row_to_measure_are_named(traces, out, capsys):
-    """Of group_rerank whole groups must be in the trace: these four rows are the last of 6000 tokens, and are one."""
-    content = tuned(out, traces, *SMALL, "--modes", "hisa,group_rerank", "--group", "16")
+def test_modes_without_a_row_to_measure_are_named(out, tmp_path, capsys):
+    """Of group_rerank whole groups must be in the trace: these are the second and third of a group."""
+    whole = trace(0)
+    rows = {name: getattr(whole, name)[1:3] for name in ("q", "weights", "positions")}
+    save_traces(tmp_path / "a.npz", [replace(whole, **rows)])
+    content = tuned(out, str(tmp_path / "a.npz"), *SMALL, "--modes", "hisa,group_rerank")
     assert "not measured, no row of the traces can tell: group_rerank" in capsys.readouterr().out
     assert {entry["prefill_mode"] for entry in content["layers"].values()} <= {"hisa", "native"}
 
@@ -145,6 +153,91 @@ def test_options_that_no_server_runs_are_left_out(traces, out, capsys):
     content = tuned(out, traces, *CHEAP, "--active-heads", "5", "--recall-target", "0", "--recall-min", "0")
     assert "left out, no server runs it: misa_rerank active_heads=5 candidates=2560" in capsys.readouterr().out
     assert {entry["prefill_mode"] for entry in content["layers"].values()} == {"hisa", "native"}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A GPU that serves every mode: `compiled` lists what was asked of the compiler, call by call; `broken` is a mode
+    and a number of active heads whose kernels do not compile.
+    """
+    seen = SimpleNamespace(compiled=[], broken=None)
+
+    def compile_each(wanted, num_heads):
+        seen.compiled.append([(num_heads, mode, params) for mode, params in wanted])
+        for mode, params in wanted:
+            error = "CompileError: no" if (mode, params.active_heads) == seen.broken else None
+            yield [("pack", None), ("scan", error), ("list", error)]
+
+    module = ModuleType("compile_check")
+    module.compile_each = compile_each
+    monkeypatch.setitem(sys.modules, "indexer_kernels.gpu.compile_check", module)
+    monkeypatch.setattr(tune_compile, "kernels_serve", lambda mode, q, params: True)
+    return seen
+
+
+def test_the_grid_is_compiled_at_once_before_anything_is_measured(traces, out, kernels, monkeypatch):
+    measure, wanted = tune.recalls, []
+
+    def recalls(*args):
+        wanted.extend(kernels.compiled)
+        return measure(*args)
+
+    monkeypatch.setattr(tune, "recalls", recalls)
+    tuned(out, traces, *CHEAP)
+    assert wanted == kernels.compiled and len(wanted) == 1
+    heads, modes, params = zip(*wanted[0])
+    assert set(heads) == {32} and Counter(modes) == {"native": 1, "misa_rerank": 2 * 2, "hisa": 2}
+    budgets = {(one.active_heads, one.candidates) for mode, one in zip(modes, params) if mode == "misa_rerank"}
+    assert budgets == {(4, 2560), (4, 3072), (8, 2560), (8, 3072)}
+    assert {one.top_blocks for mode, one in zip(modes, params) if mode == "hisa"} == {20, 24}
+
+
+def test_an_option_whose_kernels_do_not_compile_is_left_out(traces, out, kernels, capsys):
+    kernels.broken = ("misa_rerank", 4)
+    record = out.with_name("all.json")
+    tuned(out, traces, *CHEAP, "--recall-target", "0", "--recall-min", "0", "--json", str(record))
+    shown = "misa_rerank active_heads=4 candidates=2560: kernel scan does not compile: CompileError: no"
+    assert f"left out, no server runs it: {shown}" in capsys.readouterr().out
+    content = json.loads(record.read_text())
+    options = [(one["mode"], one["params"].get("active_heads")) for one in content["options"] if one["layer"] == 0]
+    assert Counter(options) == {("misa_rerank", 8): 2, ("hisa", None): 2}, "not measured either"
+    assert list(content["left_out"]) == [f"misa_rerank active_heads=4 candidates={n}" for n in (2560, 3072)]
+
+
+def test_a_mode_of_which_nothing_compiles_is_left_out_for_that_reason_alone(traces, out, kernels, capsys):
+    kernels.broken = ("misa_rerank", 4)
+    tuned(out, traces, *CHEAP, "--active-heads", "4")
+    said = capsys.readouterr().out
+    assert said.count("left out, no server runs it: misa_rerank") == 2 and "no row of the traces can tell" not in said
+
+
+def test_an_error_of_natives_kernels_is_left_to_the_measurement(traces, out, kernels):
+    kernels.broken = ("native", 4)
+    content = tuned(out, traces, *CHEAP, "--recall-target", "0", "--recall-min", "0")
+    assert content["layers"]["0"]["prefill_mode"] != "native"
+
+
+def test_what_no_server_runs_is_not_compiled(traces, out, kernels):
+    pytest.importorskip("tilelang")
+    tuned(out, traces, *CHEAP, "--active-heads", "5")
+    assert {mode for _, mode, _ in kernels.compiled[0]} == {"native", "hisa"}
+
+
+@pytest.mark.parametrize(("cost", "calls"), [("formula", 0), ("measured", 1)])
+def test_the_reference_backend_needs_kernels_only_to_be_timed(traces, out, kernels, monkeypatch, cost, calls):
+    how = None if cost == "formula" else tune_cost.Timed(8192, None)
+    monkeypatch.setattr(tune, "timing", lambda *args: how)
+    monkeypatch.setattr(tune, "time_costs", lambda samples, able, *rest: {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    tuned(out, traces, *CHEAP, "--backend", "reference", "--cost", cost, "--recall-target", "1", "--recall-min", "1")
+    assert len(kernels.compiled) == calls
+
+
+def test_nothing_is_compiled_without_a_gpu(traces, out, kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tune_compile, "kernels_serve", KERNELS_SERVE)
+    tuned(out, traces, *CHEAP)
+    assert kernels.compiled == []
 
 
 def test_the_packages_traces(out, capsys):
