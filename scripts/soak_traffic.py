@@ -13,6 +13,8 @@ from typing import Any
 from openai_client import Client
 
 CANCEL_SHARE, TURN_SHARE = 0.2, 0.5  # of all requests; of the others, where a conversation is waiting
+# Of all requests. For one that ignores its end SGLang reserves all its tokens, and never has to retract it.
+ENDLESS_SHARE = 0.5
 MAX_CONVERSATIONS = 64
 FIRST_ID = 2  # below it are special tokens
 GIVE_UP_AFTER = 20  # errors in a row: the server is gone, and what follows says nothing more
@@ -66,7 +68,8 @@ class Traffic:
     """`concurrency` workers that send requests until the deadline.
 
     Lengths of prompts and answers are log-uniform: most are short, every size up to max_tokens (prompt and answer)
-    comes. A conversation's next prompt is all of it so far, the answer included, and some new tokens.
+    comes. Half of the answers may end earlier. A conversation's next prompt is all of it so far, the answer included,
+    and some new tokens.
     """
 
     def __init__(
@@ -110,8 +113,10 @@ class Traffic:
         outcome = Outcome(kind, len(ids), new_tokens)
         body = {
             "input_ids": ids,
-            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        }
+            "sampling_params": {
+                "temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": draws.random() < ENDLESS_SHARE
+            },
+        }  # fmt: skip
         began = time.monotonic()
         try:
             if kind == "cancel":
@@ -126,8 +131,11 @@ class Traffic:
     def _finish(self, outcome: Outcome, body: dict[str, Any]) -> None:
         reply = self.client.call("/generate", body)
         answer, meta = reply["output_ids"], reply["meta_info"]
-        if len(answer) != outcome.new_tokens:
-            raise ValueError(f"{len(answer)} of {outcome.new_tokens} tokens came: {meta.get('finish_reason')}")
+        reason = meta.get("finish_reason") or {}
+        ended = reason.get("type") == "stop" and not body["sampling_params"]["ignore_eos"]
+        if len(answer) != outcome.new_tokens and not (ended and 0 < len(answer) < outcome.new_tokens):
+            raise ValueError(f"{len(answer)} of {outcome.new_tokens} tokens came: {reason}")
+        outcome.new_tokens = len(answer)
         outcome.cached_tokens = meta.get("cached_tokens") or 0
         outcome.retractions = meta.get("num_retractions") or 0
         with self._lock:

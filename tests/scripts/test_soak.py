@@ -22,7 +22,7 @@ class SoakServer(FakeServer):
         self.checked = self.mismatches = self.decoded = 0
         self.refused: list[str] = []
         self.busy, self.prefill, self.shadow_errors = False, "native", 0
-        self.cached, self.retractions = 3, 1
+        self.cached, self.retractions, self.ends_early = 3, 1, False
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -39,10 +39,13 @@ class SoakServer(FakeServer):
             self.mismatches += len(self.bodies) == self.mismatch_at
             self.decoded += self.ran
         new = body["sampling_params"]["max_new_tokens"] - self.short
+        ended = self.ends_early and not body["sampling_params"]["ignore_eos"] and new > 1
+        new -= ended
         if body.get("stream"):
             return 200, (f"data: {token}\n\n" for token in self.slowly(new))
         meta = {
-            "cached_tokens": self.cached, "num_retractions": self.retractions, "finish_reason": {"type": "length"}
+            "cached_tokens": self.cached, "num_retractions": self.retractions,
+            "finish_reason": {"type": "stop" if ended else "length"},
         }  # fmt: skip
         return 200, {"output_ids": [7] * new, "meta_info": meta}
 
@@ -92,8 +95,20 @@ def test_traffic_of_every_kind(tmp_path, capsys):
     lengths = [len(body["input_ids"]) for body in server.bodies]
     assert max(lengths) == totals["longest_prompt"] <= 300 and min(lengths) < 5 and max(lengths) > 100
     assert all(2 <= token < 4000 for body in server.bodies for token in body["input_ids"])
-    assert all(body["sampling_params"]["ignore_eos"] for body in server.bodies)
+    endless = {body["sampling_params"]["ignore_eos"] for body in server.bodies}
+    assert endless == {True, False}, "SGLang retracts only those that may end"
     assert record["runs"][0]["run"]["command"] and "nothing broke" in capsys.readouterr().out
+
+
+def test_answers_that_may_end_do(tmp_path):
+    server = SoakServer()
+    server.ends_early = True
+    code, record = run(server, tmp_path)
+    assert code == 0 and record["runs"][0]["totals"]["errors"] == 0
+    asked = [(body["sampling_params"], body.get("stream", False)) for body in server.bodies]
+    ended = [1 for one, given_up in asked if not given_up and not one["ignore_eos"] and one["max_new_tokens"] > 1]
+    all_tokens = sum(one["max_new_tokens"] for one, _ in asked)
+    assert ended and record["runs"][0]["totals"]["new_tokens"] == all_tokens - len(ended)
 
 
 def test_a_conversation_goes_on_with_its_answer(tmp_path):
