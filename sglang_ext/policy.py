@@ -8,6 +8,7 @@ from sglang_ext.settings import Settings
 AUTO_PREFILL = Settings().auto_prefill_mode
 AUTO_DECODE = "hisa"
 STATISTICS_MODES = ("hisa", "misa_rerank")  # in decode they read stored block statistics, or do not run
+BY_BLOCKS = "decode chooses whole blocks of tokens, which loses answers on some models: measure yours (docs/quality.md)"
 
 # Reasons by which a user's own settings, or the batch, chose SGLang's own indexer.
 CONFIGURED = "configured"

@@ -24,6 +24,7 @@ from indexer_kernels.page_means import (
     update_last_page_means,
     update_page_means,
 )
+from sglang_ext import policy
 from sglang_ext.counters import Counters
 
 logger = logging.getLogger("sglang_ext")
@@ -73,7 +74,7 @@ class Statistics:
         """
         pool = PoolStatistics(keys, start_layer)
         self._caches.append((weakref.ref(cache), weakref.ref(pool)))
-        logger.info("block statistics: %s", pool.status())
+        logger.warning("block statistics %s: %s", pool.status(), policy.BY_BLOCKS)
         return pool
 
     def caches(self) -> list[tuple[Any, PoolStatistics]]:

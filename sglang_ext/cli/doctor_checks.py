@@ -138,6 +138,8 @@ def check_phase(phase: str, settings: Settings, model: Model) -> Check:
     detail = ", ".join(shown) + (f" - {refusal}" if refusal else "")
     if phase == "decode" and settings.decode_mode is None and settings.mode not in ("native", "auto"):
         detail += f" - mode={settings.mode} is prefill's, a mode of decode is named by decode_mode"
+    if phase == "decode" and any(decision.mode in policy.STATISTICS_MODES for decision in decisions.values()):
+        detail += f" - {policy.BY_BLOCKS}"
     return Check(f"would run in {phase}", "problem" if refusal else "ok", detail)
 
 

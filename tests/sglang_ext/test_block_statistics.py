@@ -89,9 +89,10 @@ def test_no_memory_where_decode_reads_none(stage, settings):
 
 
 @pytest.mark.parametrize("mode", ["hisa", "misa_rerank"])
-def test_memory_where_decode_reads_them(stage, mode):
+def test_memory_where_decode_reads_them(stage, mode, caplog):
     sut.use(stage, **SETTINGS | {"decode_mode": mode})
     assert Server(make_pool(3)).statistics().layers() == [0]
+    assert "loses answers on some models" in caplog.text
 
 
 # Extends

@@ -223,6 +223,8 @@ def test_a_shape_that_is_no_number_is_one_line(healthy, value, tmp_path, capsys)
         ({"mode": "misa_rerank"}, "prefill", "128K: misa_rerank (configured)"),
         ({}, "decode", "1 rows: native (auto_decode_native), 8 rows: native (auto_decode_native), 64 rows: native"),
         ({"decode_mode": "hisa"}, "decode", "1 rows: hisa (configured)"),
+        ({"decode_mode": "hisa"}, "decode", "256 rows: hisa (configured) - decode chooses whole blocks of tokens"),
+        ({"decode_tokens": 65536}, "decode", "256 rows: hisa (auto_selected) - decode chooses whole blocks of tokens"),
         ({"mode": "misa_rerank", "decode_mode": "hisa"}, "decode", "1 rows: hisa (configured)"),
         (
             {"mode": "misa_rerank"},
