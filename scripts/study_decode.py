@@ -34,9 +34,8 @@ from run_record import run_record
 from small_dsa.architecture import SmallDsa
 from small_dsa.decode_pass import IndexRow, decode_pass, read_context
 from small_dsa.export import load_exported
+from study_routing import FORCED, TOP_K
 
-TOP_K = 2048
-FIRST_TOKENS, LAST_TOKENS = 64, 128
 BEST = 8
 
 
@@ -128,7 +127,7 @@ def chooser(found: Found, candidates: Callable[[IndexRow], torch.Tensor] | None)
         if candidates is None:
             return native
         scores = torch.full_like(row.scores, float("-inf"))
-        for kept in (candidates(row), slice(0, FIRST_TOKENS), slice(-LAST_TOKENS, None)):
+        for kept in (candidates(row), slice(0, FORCED[0]), slice(-FORCED[1], None)):
             scores[kept] = row.scores[kept]
         best = scores.topk(len(native))
         chosen = best.indices[best.values > float("-inf")]

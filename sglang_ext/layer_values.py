@@ -16,6 +16,13 @@ Entries = dict[int, dict[str, Any]]
 Frozen = tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]
 
 
+def decode_mode_of(mode: str) -> str:
+    """Decode's mode where `mode` alone is set: native or not. What decode can choose by, the means of blocks, loses
+    answers that prefill's choice keeps (docs/quality.md): a mode of decode is asked for by name, or is `auto`.
+    """
+    return "native" if mode == "native" else "auto"
+
+
 def parse_layers(value: Any, parse: Callable[[str, Any], Any]) -> Frozen:
     """{"3": {"mode": "hisa", "top_blocks": 48}} (or its JSON text), each value by parse(name, value).
 
@@ -46,7 +53,7 @@ def parse_layers(value: Any, parse: Callable[[str, Any], Any]) -> Frozen:
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from None
         mode = parsed.pop("mode", None)
-        of_mode = {"prefill_mode": mode, "decode_mode": "auto" if mode not in (None, "native") else mode}
+        of_mode = {"prefill_mode": mode, "decode_mode": mode and decode_mode_of(mode)}
         modes = {phase: parsed.pop(phase, None) or of_mode[phase] for phase in PHASE_MODES}
         entries[int(number)] = parsed | {phase: mode for phase, mode in modes.items() if mode is not None}
     return freeze(entries)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from indexer_kernels.params import MODES, IndexerParams
-from sglang_ext.layer_values import PHASE_MODES, Frozen, merge, override, parse_layers, thaw
+from sglang_ext.layer_values import PHASE_MODES, Frozen, decode_mode_of, merge, override, parse_layers, thaw
 from sglang_ext.settings_file import read_settings_file
 
 PREFIX = "SGLANG_EXT_"
@@ -150,14 +150,10 @@ class Settings:
         return IndexerParams(top_k=top_k, **{name: getattr(self, name) for name in names})
 
     def phase_mode(self, phase: str) -> str:
-        """The mode asked for in "prefill" or "decode".
-
-        `mode` is prefill's; of decode it says native or not. What decode can choose by, the means of blocks, loses
-        answers that prefill's choice keeps (docs/quality.md): a mode of decode is asked for by name, or is `auto`.
-        """
+        """The mode asked for in "prefill" or "decode"."""
         if phase == "prefill":
             return self.prefill_mode or self.mode
-        return self.decode_mode or ("native" if self.mode == "native" else "auto")
+        return self.decode_mode or decode_mode_of(self.mode)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for logs and /server_info."""

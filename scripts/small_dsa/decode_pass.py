@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from small_dsa.architecture import SmallDsa, Turn, turns
-from small_dsa.serving_pass import attend, chunks, index_inputs
+from small_dsa.serving_pass import attend_all, behind_attention, index_inputs
 
 
 class LayerCache(NamedTuple):
@@ -53,10 +53,7 @@ def read_context(model: SmallDsa, tokens: torch.Tensor) -> list[LayerCache]:
         caches.append(LayerCache(heads.k[0], heads.v[0], last.k.float() * last.k_scale[:, None]))
         if number == model.shape.num_layers - 1:
             break  # nobody reads what its rows would say
-        top_k = model.shape.index_top_k
-        mixed = [attend(heads, layer.self_attn.scale, inputs, part, top_k) for part in chunks(length)]
-        hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed)[None])
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = behind_attention(layer, hidden, attend_all(heads, layer, inputs, model.shape.index_top_k))
     return caches
 
 
@@ -84,7 +81,6 @@ def decode_pass(
             chosen = choose(IndexRow(number, q, w, keys[:seen], scores))
             logits = torch.einsum("hd,hnd->hn", heads.q[0, :, place], k[:, chosen]) * layer.self_attn.scale
             mixed.append(torch.einsum("hn,hnd->hd", logits.softmax(-1), v[:, chosen]).flatten())
-        hidden = hidden + layer.self_attn.o_proj(torch.stack(mixed)[None])
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = behind_attention(layer, hidden, torch.stack(mixed))
         longer.append(LayerCache(k, v, keys))
     return model.logits(hidden[0]), longer

@@ -84,10 +84,20 @@ def serving_pass(
         heads = layer.self_attn.heads(x, turn)
         inputs = index_inputs(layer, x, heads.latent, turn)
         note(number, inputs)
-        mixed = [attend(heads, layer.self_attn.scale, inputs, part, top_k) for part in chunks(length)]
-        hidden = hidden + layer.self_attn.o_proj(torch.cat(mixed)[None])
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = behind_attention(layer, hidden, attend_all(heads, layer, inputs, top_k))
     return model.logits(hidden[0, -last:])
+
+
+def behind_attention(layer: Layer, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """What a layer hands on: hidden [1, L, hidden] before it, mixed [L, heads * value] of its attention."""
+    hidden = hidden + layer.self_attn.o_proj(mixed[None])
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def attend_all(heads: Heads, layer: Layer, inputs: Callable[[slice], IndexInputs], top_k: int) -> torch.Tensor:
+    """`attend` of every row: [L, heads * value]."""
+    scale, length = layer.self_attn.scale, heads.q.shape[2]
+    return torch.cat([attend(heads, scale, inputs, part, top_k) for part in _chunks(length)])
 
 
 def attend(heads: Heads, scale: float, inputs: Callable[[slice], IndexInputs], part: slice, top_k: int) -> torch.Tensor:
@@ -106,7 +116,6 @@ def attend(heads: Heads, scale: float, inputs: Callable[[slice], IndexInputs], p
     return torch.stack(out, dim=1).flatten(1)
 
 
-def chunks(length: int) -> Iterator[slice]:
-    """Slices of CHUNK_ROWS rows."""
+def _chunks(length: int) -> Iterator[slice]:
     for start in range(0, length, CHUNK_ROWS):
         yield slice(start, min(start + CHUNK_ROWS, length))
