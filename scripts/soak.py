@@ -6,9 +6,10 @@
 Multi-turn conversations, cancelled requests, prompts of 1 to --max-tokens tokens, --concurrency at once; a server with
 a small pool of keys retracts requests as well. Each run is added to OUT, whose `seconds` are those of all runs in all.
 Fails where a request fails or stays in the server; where the plugin's counters show a mismatch, nothing compared, or a
-mode refused; where a mode that the server was started with did not run, or shadow sampling met an error; where the
-GPU's memory grew after the first quarter (--no-memory: others come and go on that GPU, or it is on another machine);
-and where nothing was retracted or too little cached, if --must-retract or --must-reuse ask for it.
+mode refused; where a mode that the server was started with did not run, or shadow sampling met an error; where after
+the first quarter the memory grew that torch holds in the server, or the GPU's (--no-memory: others come and go on that
+GPU, or it is on another machine); and where nothing was retracted or too little cached, if --must-retract or
+--must-reuse ask for it.
 """
 
 import argparse
@@ -36,10 +37,15 @@ def used_memory_mib() -> int | None:
 
 
 class MemoryWatch:
-    """Samples the GPU's memory every SAMPLE_EVERY_S seconds inside a `with`. samples: (seconds since start, MiB)."""
+    """Samples memory every SAMPLE_EVERY_S seconds inside a `with`, as (seconds since start, MiB).
 
-    def __init__(self) -> None:
+    samples: of the GPUs, by nvidia-smi; reserved: what torch holds in the server, others on the GPU left out.
+    """
+
+    def __init__(self, client: Client) -> None:
         self.samples: list[tuple[float, int]] = []
+        self.reserved: list[tuple[float, int]] = []
+        self._client = client
         self._end = threading.Event()
 
     def __enter__(self) -> "MemoryWatch":
@@ -54,15 +60,20 @@ class MemoryWatch:
         self._sample()
 
     def _watch(self) -> None:
-        while not self._end.wait(SAMPLE_EVERY_S if self.samples else 0):
+        while not self._end.wait(SAMPLE_EVERY_S if self.reserved else 0):
             if not self._sample():
                 return
 
     def _sample(self) -> bool:
+        seconds = round(time.monotonic() - self._began, 1)
         used = used_memory_mib()
         if used is not None:
-            self.samples.append((round(time.monotonic() - self._began, 1), used))
-        return used is not None
+            self.samples.append((seconds, used))
+        try:
+            self.reserved.append((seconds, self._client.status()["reserved_mib"]))
+        except ConnectionError:  # the server is gone, which the run's end says
+            return False
+        return True
 
 
 def becomes_idle(client: Client) -> bool:
@@ -91,7 +102,12 @@ def shadow_errors(status: dict[str, Any]) -> int:
 
 
 def failures_of(
-    totals: Totals, before: dict[str, Any], after: dict[str, Any], growth: int | None, args: argparse.Namespace
+    totals: Totals,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    growth: int | None,
+    own_growth: int | None,
+    args: argparse.Namespace,
 ) -> list[str]:
     """What a run proved wrong, or could not prove: one sentence each."""
     failures = []
@@ -125,6 +141,8 @@ def failures_of(
         failures.append("the GPU's memory was not measured: run beside the server (or --no-memory)")
     if growth is not None and growth > args.memory_slack_mib:
         failures.append(f"memory grew by {growth} MiB after the first quarter, more than {args.memory_slack_mib}")
+    if own_growth is not None and own_growth > args.memory_slack_mib:
+        failures.append(f"torch's memory in the server grew by {own_growth} MiB, more than {args.memory_slack_mib}")
     return failures
 
 
@@ -136,14 +154,15 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--url {args.url}: that server runs without the plugin")
     traffic = Traffic(client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.seed)
     began = time.monotonic()
-    with MemoryWatch() as memory:
+    with MemoryWatch(client) as memory:
         totals = traffic.run(args.seconds)
     seconds = time.monotonic() - began
     growth = None if args.no_memory else growth_mib(memory.samples)
+    own_growth = growth_mib(memory.reserved)
     after = None
     try:
         idle, after = becomes_idle(client), client.status()
-        failures = failures_of(totals, before, after, growth, args)
+        failures = failures_of(totals, before, after, growth, own_growth, args)
         failures += [] if idle else [f"a request was left in the server {IDLE_LIMIT_S:.0f} s after the last answer"]
     except ConnectionError as error:
         failures = [f"the server is gone: {error}"]
@@ -155,6 +174,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "totals": totals.as_dict(),
         "memory_mib": memory.samples,
         "memory_growth_mib": growth,
+        "reserved_mib": memory.reserved,
+        "reserved_growth_mib": own_growth,
         "before": before,
         "after": after,
         "failures": failures,
@@ -211,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{run['seconds']:.0f} s: {totals['requests']}, {totals['prompt_tokens']} prompt tokens "
         f"({totals['cached_tokens']} cached), {totals['new_tokens']} new, {totals['retractions']} retractions; "
         f"{after['integrity_checked'] - run['before']['integrity_checked']} statistics compared; "
-        f"memory {'not measured' if run['memory_growth_mib'] is None else str(run['memory_growth_mib']) + ' MiB more'}"
+        f"MiB more: {run['memory_growth_mib']} on the GPU, {run['reserved_growth_mib']} of torch in the server"
     )
     print("\n".join(["failed:", *run["failures"]]) if run["failures"] else "nothing broke")
     print(f"{record['seconds']:.0f} s in all, {len(record['runs'])} runs, {len(record['failures'])} failures")

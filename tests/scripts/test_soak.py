@@ -23,6 +23,7 @@ class SoakServer(FakeServer):
         self.refused: list[str] = []
         self.busy, self.prefill, self.shadow_errors = False, "native", 0
         self.cached, self.retractions, self.ends_early = 3, 1, False
+        self.reserved = [1000]  # MiB, one status after the other, the last for ever
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -63,6 +64,7 @@ class SoakServer(FakeServer):
             "integrity_checked": 100 + self.checked,
             "integrity_mismatches": 4 + self.mismatches,
             "refused": self.refused,
+            "reserved_mib": self.reserved.pop(0) if len(self.reserved) > 1 else self.reserved[0],
         }
 
 
@@ -220,6 +222,14 @@ def test_memory_is_not_judged_where_others_come_and_go(tmp_path, memory):
     memory[:] = range(1000, 9000, 100)
     code, record = run(SoakServer(), tmp_path, "--no-memory")
     assert code == 0 and record["runs"][0]["memory_mib"] and record["runs"][0]["memory_growth_mib"] is None
+
+
+def test_memory_that_grows_in_the_server_alone(tmp_path):
+    server = SoakServer()
+    server.reserved = [*range(1000, 9000, 100)]
+    _, record = run(server, tmp_path, "--no-memory")
+    assert record["runs"][0]["reserved_growth_mib"] > 512
+    assert len(record["failures"]) == 1 and "torch's memory in the server grew" in record["failures"][0]
 
 
 def test_what_a_run_has_to_meet(tmp_path, capsys):
