@@ -57,7 +57,8 @@ START = """
                 picked = select_rows(mode, *inputs, backend="gpu", output=output)
                 chosen[f"{name} {mode} {output}"] = picked.sum(1, dtype=torch.int64).tolist()
     again = {compiler: len(kernels) - ahead[compiler] for compiler, kernels in compiled.items()}
-    print(json.dumps({"errors": errors, "ahead": ahead, "again": again, "chosen": chosen}))
+    counts = {"ahead": ahead, "again": again, "triton": triton.__version__}
+    print(json.dumps({"errors": errors, "chosen": chosen, **counts}))
 """
 
 
@@ -83,6 +84,8 @@ def test_everything_compiles(started):
 
 @pytest.mark.parametrize("compiler", ["tilelang", "triton"])
 def test_launches_find_what_was_compiled(started, compiler):
+    if compiler == "triton" and tuple(map(int, started["triton"].split(".")[:2])) < (3, 8):
+        pytest.skip(f"Triton {started['triton']} spells a variant's attributes otherwise than 3.8, which SGLang brings")
     assert started["again"][compiler] == 0
 
 
