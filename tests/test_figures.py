@@ -23,6 +23,19 @@ STATISTICS = {
     "oracle (what native's tokens score)": "oracle",
 }
 
+KERNELS = {  # row of the table: what the kernels' names hold whose times add up to it
+    "DeepGEMM logits": ("sm90_fp8_mqa_logits",),
+    "scan with 8 heads, a bit a token": ("routed_mask",),
+    "scores of listed tokens": ("token_scores",),
+    "sample: scan, threshold": ("routed_scores", "sample_threshold"),
+    "lists from bits": ("bit_list",),
+    "head routing": ("head_route",),
+    "block scores": ("block_score",),
+    "choice of blocks": ("page_select",),
+    "DeepGEMM logits of chosen pages": ("sm90_fp8_paged_mqa_logits<",),
+    "top-k": ("::topk_",),
+}
+
 
 def record(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
@@ -160,3 +173,42 @@ def test_study_of_decode():
         assert int(read) == found["bytes"].get(choice, 132), name
         of_layer = entry["layers"].get("2", {"recall": 1.0, "best": 1.0})
         assert agree(layer, of_layer["recall"], of_layer["best"]), (name, layer)
+
+
+def test_kernel_times():
+    found = {one["mode"]: one["kernels"] for one in record("prefill_stage/profile.json")["results"]}
+    rows = table("docs/performance.md", "kernel", "native")
+    assert {row[0] for row in rows} == set(KERNELS)
+    for name, *cells in rows:
+        for mode, cell in zip(("native", "misa", "misa_rerank", "hisa"), cells):
+            times = [one["ms"] for one in found[mode] if any(part in one["kernel"] for part in KERNELS[name])]
+            assert agree(cell, sum(times)) if times else cell == "", (name, mode, cell)
+
+
+def test_answers_when_decode_chooses_by_blocks():
+    scores = [
+        {one["cell"]: one for one in record(f"decode_served/ruler_{mode}.json")["cells"]} for mode in ("native", "hisa")
+    ]
+    for task, *cells in table("docs/quality.md", "decode, 32K"):
+        for of_mode, cell in zip(scores, cells, strict=True):
+            one = of_mode[f"{task}/32768"]
+            assert agree(cell, one["score"], *([one["standard_error"]] if "(" in cell else [])), (task, cell)
+    averages = [statistics.mean(one["score"] for one in of_mode.values()) for of_mode in scores]
+    for page in ("README.md", "docs/performance.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        [(hisa, native)] = re.findall(r"answers (\d+) % of needles (?:at 32K )?where native answers (\d+) %", text)
+        assert agree(native, averages[0]) and agree(hisa, averages[1]), page
+
+
+def test_soaks():
+    seconds = statistics_read = 0
+    for server, _, shown, requests, prompts, compared, _ in table("docs/performance.md", "server", "prefill"):
+        [name] = re.findall(r"`(soak\w*)`", server) or re.findall(r"`(soak\w*)", server)
+        [run] = record(f"decode_served/{name}.json")["runs"]
+        totals, read = run["totals"], run["after"]["integrity_checked"] - run["before"]["integrity_checked"]
+        assert agree(shown, run["seconds"]) and int(requests) == sum(totals["requests"].values()), server
+        share = 100 * totals["cached_tokens"] / totals["prompt_tokens"]
+        assert agree(prompts, totals["prompt_tokens"] / 1e6, share) and agree(compared, read / 1e6), server
+        assert totals["errors"] == totals["retractions"] == run["after"]["integrity_mismatches"] == 0
+        seconds, statistics_read = seconds + run["seconds"], statistics_read + read
+    assert (round(seconds / 60), round(statistics_read / 1e6)) == (22, 477)
