@@ -26,10 +26,7 @@ def settings_of_model(
     _check_layers(settings, model_config.get("num_hidden_layers"))
     if settings.runtime_switch and not so_far.runtime_switch:
         raise ValueError("runtime_switch is read before the model is: set SGLANG_EXT_RUNTIME_SWITCH=1")
-    if settings == so_far:
-        return so_far
-    logger.info("settings with the model config's: %s", settings.as_dict())
-    return settings
+    return so_far if settings == so_far else settings
 
 
 def _check_layers(settings: Settings, num_layers: object) -> None:

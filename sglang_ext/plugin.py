@@ -1,6 +1,5 @@
 """Entry point of the plugin: SGLang calls `register` in each of its processes before it starts."""
 
-import json
 import logging
 import os
 
@@ -34,4 +33,3 @@ def register() -> None:
         logger.error("inactive, SGLang's own indexer runs: %s", "; ".join(problems))
         return
     sglang_hooks.install(Stage(settings, dict(os.environ), sglang_hooks.sglang_top_k))
-    logger.info("active: %s", json.dumps(settings.as_dict()))

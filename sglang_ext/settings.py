@@ -4,6 +4,7 @@ order.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,9 +157,13 @@ class Settings:
         return self.decode_mode or decode_mode_of(self.mode)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for logs and /server_info."""
+        """Plain values, for /server_info."""
         layers = {str(number): own for number, own in thaw(self.layers).items()}
         return dataclasses.asdict(self) | {"native_layers": list(self.native_layers), "layers": layers}
+
+    def __str__(self) -> str:
+        """`as_dict` as JSON, for the log."""
+        return json.dumps(self.as_dict())
 
 
 def load_settings(model_config: Mapping[str, Any] | None, environ: Mapping[str, str]) -> Settings:

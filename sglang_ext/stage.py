@@ -72,10 +72,9 @@ class Stage:
         top_k: int,
         device: torch.device,
     ) -> None:
-        """Called as each indexer is built: read the model config's settings, compile its kernels once.
-
-        The first model is the served one; a draft model that follows has the same settings. Raises ValueError for a
-        wrong setting, RuntimeError under strict for a mode that no forward could run.
+        """Called as each indexer is built: read the model config's settings, compile its kernels once. The first model
+        is the served one, and a draft model has its settings. Raises ValueError for a wrong setting, RuntimeError under
+        strict for a mode that no forward could run.
         """
         self._layers.add(layer_id)
         model = Model(num_heads, head_dim, top_k)
@@ -85,6 +84,7 @@ class Stage:
             settings = settings_of_model(self.settings, model_config, self._environ, num_heads, top_k)
             if settings is not self.settings:
                 self.settings, self.shadow = settings, Shadow.of(settings)
+            logger.info("active: %s", self.settings)  # not before: SGLang sets up its log after plugins
             for phase, reason in policy.always_native(self.settings).items():
                 if not self._asks(phase):
                     logger.warning("%s mode auto is SGLang's own indexer with these settings: %s", phase, reason)

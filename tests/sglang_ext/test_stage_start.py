@@ -40,7 +40,8 @@ def test_start_reads_the_model_config_once(caplog):
         for layer in range(3):
             start(stage, {"sglang_ext": {"mode": "hisa", "group": 8}}, layer)
     assert stage.settings == Settings(mode="hisa", group=2)
-    assert len(log_lines(caplog, logging.INFO)) == 1
+    [said] = log_lines(caplog, logging.INFO)
+    assert json.loads(said.removeprefix("active: ")) == stage.settings.as_dict()
     start(stage, {"sglang_ext": {"mode": "misa"}}, 3)
     assert stage.settings.mode == "hisa", "the same model's config is read once"
 
