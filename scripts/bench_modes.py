@@ -11,7 +11,8 @@ mode within every workload, which is fairest; it needs SGLANG_EXT_RUNTIME_SWITCH
 whose device counters did not rise fails the run and is not recorded.
 
 OUT/samples.jsonl holds finished measurements, from which the same command goes on; OUT/bench.json holds all numbers
-and OUT/bench.html the report. docs/benchmarking.md says how to read it.
+and OUT/bench.html the report. A run that is interrupted or fails reports the workloads that it finished in all modes.
+docs/benchmarking.md says how to read it.
 """
 
 import argparse
@@ -191,26 +192,43 @@ def run(args: argparse.Namespace, server_arguments: Sequence[str]) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     results = ResultsFile(args.out / "samples.jsonl", shared)
     load = Load(args.new_tokens, args.prompts_per_client, args.tokenizer or args.model)
-    done = sum((mode, job.key) in results.samples for mode in modes for job in jobs)
-    with tqdm(total=len(modes) * len(jobs), initial=done, unit="run") as bar:
-        bench = Bench(results, load, args.seed, logs, bar)
-        if clients:
-            run_in_turn(bench, modes, jobs, clients)
-        else:
-            run_launched(bench, modes, jobs, args, server_arguments)
     how = "launched" if not urls else "switched" if "" in urls else "urls"
+    known = {"what": "bench_modes", "run": record, "settings": shared, "how": HOW[how], "modes": modes}
+    with tqdm(total=len(modes) * len(jobs), initial=measured(results, modes, jobs), unit="run") as bar:
+        bench = Bench(results, load, args.seed, logs, bar)
+        try:
+            if clients:
+                run_in_turn(bench, modes, jobs, clients)
+            else:
+                run_launched(bench, modes, jobs, args, server_arguments)
+        finally:
+            report(args.out, known, results, modes, jobs)
+
+
+def measured(results: ResultsFile, modes: Sequence[str], jobs: Sequence[Job]) -> int:
+    """How many measurements are finished."""
+    return sum((mode, job.key) in results.samples for mode in modes for job in jobs)
+
+
+def report(
+    out: Path, known: Mapping[str, Any], results: ResultsFile, modes: Sequence[str], jobs: Sequence[Job]
+) -> None:
+    """Write OUT/bench.json and bench.html of the workloads that are finished in all modes, and print their tables."""
+    done, of = measured(results, modes, jobs), len(modes) * len(jobs)
+    lacking = {job.workload for job in jobs if measured(results, modes, [job]) < len(modes)}
+    finished = [job for job in jobs if job.workload not in lacking]
+    if not finished:
+        return
     content = {
-        "what": "bench_modes",
-        "run": record,
-        "settings": shared,
-        "how": HOW[how],
-        "modes": modes,
-        "results": results_of(results, modes, [(job.workload, job.key) for job in jobs]),
+        **known,
+        "unfinished": {"measured": done, "of": of} if done < of else None,
+        "results": results_of(results, modes, [(job.workload, job.key) for job in finished]),
         "servers": {entry["mode"]: entry for entry in results.counters if entry["mode"] in modes},
     }
-    (args.out / "bench.json").write_text(json.dumps(content, indent=1))
-    print(write_report(args.out / "bench.html", content), flush=True)
-    print(f"wrote {args.out / 'bench.json'} and {args.out / 'bench.html'}", flush=True)
+    (out / "bench.json").write_text(json.dumps(content, indent=1))
+    print(write_report(out / "bench.html", content), flush=True)
+    part = f" of {done} of {of} measurements" if done < of else ""
+    print(f"wrote {out / 'bench.json'} and {out / 'bench.html'}{part}", flush=True)
 
 
 def run_in_turn(bench: Bench, modes: Sequence[str], jobs: Sequence[Job], clients: Mapping[str, Client]) -> None:

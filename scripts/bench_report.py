@@ -27,6 +27,7 @@ SHARED = (
     "cache before the batch arrives (one_batch). Concurrency: clients that each ask one prompt after the other, or "
     "requests of the batch."
 )
+UNFINISHED = "Unfinished: {measured} of {of} measurements. Workloads that lack one of them in any mode are left out."
 READ_FORWARDS = (
     "Forwards as the host counted them: phase/mode (reason). A mode that was asked for ran at least once in every "
     "measurement, as the GPU counted, or the benchmark would have failed; lines of prefill/native under another mode "
@@ -115,6 +116,8 @@ def write_report(path: Path, content: Mapping[str, Any]) -> str:
     """Write the page of what bench.json holds; the headline tables as text."""
     modes, results = content["modes"], content["results"]
     parts = [tag("p", content["how"]), tag("p", READ), tag("p", SHARED), facts_table(content)]
+    if left := content["unfinished"]:
+        parts.insert(0, tag("p", UNFINISHED.format(**left), "worse"))
     text = []
     for tool, module in MODULES.items():
         rows = by_workload(results, tool)

@@ -167,6 +167,22 @@ def test_a_rerun_measures_only_what_is_missing(tmp_path):
         assert len(server.prompts) - asked == 4
 
 
+def test_a_run_that_fails_reports_what_it_finished(tmp_path, capsys):
+    flags = (*SMALL, "--tools", "serving", "--modes", "misa", "--repeats", "2", "--contexts", "64", "128")
+    with BenchServer(pause_s=0) as server:
+        server.fail_after = 13  # two prompts a measurement: within the seventh of eight
+        assert bench(tmp_path, "--url", server.url, *flags) == 1
+        assert "wrote" in (said := capsys.readouterr().out) and "6 of 8 measurements" in said
+        part = json.loads((tmp_path / "bench.json").read_text())
+        assert part["unfinished"] == {"measured": 6, "of": 8}
+        shown = [(one["context"], one["mode"], len(one["values"]["median_ttft_ms"])) for one in part["results"]]
+        assert shown == [(64, "native", 2), (64, "misa", 2)], "128 lacks a repeat"
+        server.fail_after = None
+        assert bench(tmp_path, "--url", server.url, *flags) == 0
+    whole = json.loads((tmp_path / "bench.json").read_text())
+    assert whole["unfinished"] is None and len(whole["results"]) == 4
+
+
 def test_failed_requests_are_no_measurement(tmp_path, capsys):
     with BenchServer(pause_s=0) as server:
         server.fail_after = 1

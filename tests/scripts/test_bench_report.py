@@ -37,7 +37,7 @@ def content() -> dict:
     results[-1] |= {"values": {}, "skipped": "batch_size=2 does not fit"}
     servers = {mode: {"mode": mode, "server": {"tp_size": 8}, "before": None} for mode in MODES}
     return {"what": "bench_modes", "run": RUN, "settings": {"commit": "c0ffee1", "seed": 5}, "how": "In turns.",
-            "modes": MODES, "results": results, "servers": servers}  # fmt: skip
+            "unfinished": None, "modes": MODES, "results": results, "servers": servers}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -95,6 +95,14 @@ def test_every_number_is_there(content, tmp_path):
         cells = [f"{number(first)} / {number(second)}" for first, second in measured["values"].values()]
         assert [*workload, *cells] in rows
         assert [measured["tool"], *workload, f"prefill/{measured['mode']} (asked): 9"] in rows
+
+
+def test_an_unfinished_run_says_so(content, tmp_path):
+    write_report(tmp_path / "whole.html", content)
+    content["unfinished"] = {"measured": 7, "of": 12}
+    write_report(tmp_path / "part.html", content)
+    whole, part = (Page((tmp_path / name).read_text()).text for name in ("whole.html", "part.html"))
+    assert "Unfinished: 7 of 12 measurements" in part and "Unfinished" not in whole
 
 
 def test_medians_and_ratios(content, tmp_path):
