@@ -13,6 +13,7 @@ table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular
 th, td { padding: .25em .7em; border-bottom: 1px solid #d0d7de; text-align: right; vertical-align: top; }
 th { background: #f6f8fa; } th:first-child, td:first-child { text-align: left; }
 .facts th, .facts td { text-align: left; } .facts td { overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; }
 .better { color: #0a6b2d; font-weight: 600; } .worse { color: #b3261e; font-weight: 600; } .note { color: #57606a; }
 .wide { overflow-x: auto; } .charts { display: flex; flex-wrap: wrap; gap: 1em; }
 details td { white-space: nowrap; }

@@ -155,7 +155,8 @@ def facts_table(content: Mapping[str, Any]) -> str:
         ["command", run["command"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in run["packages"].items())],
     ]
-    rows += [[name, json.dumps(value)] for name, value in content["settings"].items() if name not in ("commit", "gpu")]
+    said = {name: value for name, value in content["settings"].items() if name not in ("commit", "gpu")}
+    rows += [[name, json.dumps(value)] for name, value in said.items() if value not in (None, [])]
     return table([], rows, css="facts")
 
 
