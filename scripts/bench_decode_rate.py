@@ -1,15 +1,17 @@
 """Tokens per second of decoding alone, on servers that run already, at one batch and context.
 
     python scripts/bench_decode_rate.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001
-                                        --out rate.json [--batch 32] [--context 65536] [--tokens 192] [--repeats 3]
+                                        --out rate.json [--batch 32] [--context 65536] [--tokens 512] [--repeats 5]
                                         [--prepare]
 
 Every server is given the same prompts, whose keys stay in its prefix cache: a measurement in which they were not there
-fails. (--prepare fills the caches and measures nothing.) A measurement asks all prompts at once for --tokens tokens,
-then for a quarter as many; the difference is decoding at the full batch, without prefill and without the start. Servers
-take turns; medians. A server must decode in the mode of its name, and unless that is `native` or `auto` its device
-counter must rise by the steps taken, and by few more: more mean that the batch was not decoded at once. `auto` at a
-batch below its break-even shows what keeping block statistics costs native decode.
+fails. (--prepare fills the caches and measures nothing.) A measurement asks all prompts at once and counts the tokens
+that come while every one of them is answered: from the moment when the last has its first token to the one when the
+first has its last. Answers are streamed EVERY tokens at a time, so that reading them costs little. Servers take turns,
+after a round that is not recorded; medians, and how far the repeats lie apart. A server must decode in the mode of its
+name, and unless that is `native` or `auto` its device counter must rise by the steps taken, and by few more: more mean
+that the batch was not decoded at once. `auto` at a batch below its break-even shows what keeping block statistics costs
+native decode.
 """
 
 import argparse
@@ -17,7 +19,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 from indexer_kernels.page_layout import PAGE_TOKENS
@@ -25,7 +29,10 @@ from openai_client import Client
 from run_record import run_record
 from server_checks import prompt, runs
 
+EVERY = 16  # tokens between two chunks of a streamed answer
+LEAST_SHARE = 0.5  # of an answer's tokens: as long all requests must have been answered at once
 MOST_STEPS = 1.25  # device runs for each step asked for: requests of a batch do not begin in the same step
+Progress = list[tuple[float, int]]  # (clock, tokens of an answer that have come), growing
 
 
 def prompts_of(batch: int, context: int) -> list[list[int]]:
@@ -33,36 +40,49 @@ def prompts_of(batch: int, context: int) -> list[list[int]]:
     return [prompt(context, seed) for seed in range(batch)]
 
 
-def seconds_of(server: Client, prompts: list[list[int]], tokens: int, cached: bool = True) -> float:
-    """Until every prompt has its tokens. RuntimeError where they did not come, or where prompts were not `cached`."""
+def answers_of(server: Client, prompts: list[list[int]], tokens: int, cached: bool = True) -> list[Progress]:
+    """How every prompt's answer came. RuntimeError where tokens are missing, or where prompts were not `cached`."""
 
-    def ask(ids: list[int]) -> dict:
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        return server.call("/generate", {"input_ids": ids, "sampling_params": sampling})
+    def ask(ids: list[int]) -> tuple[Progress, int]:
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "stream_interval": EVERY}
+        progress, reused = [], 0
+        for chunk in server.stream("/generate", {"input_ids": ids, "sampling_params": sampling}):
+            progress.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
+            reused = chunk["meta_info"]["cached_tokens"]
+        return progress, len(ids) - reused
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        began = time.perf_counter()
-        replies = list(pool.map(ask, prompts))
-        seconds = time.perf_counter() - began
-    short = [len(reply["output_ids"]) for reply in replies if len(reply["output_ids"]) != tokens]
-    if short:
+        answers = list(pool.map(ask, prompts))
+    if short := [
+        progress[-1][1] if progress else 0 for progress, _ in answers if not progress or progress[-1][1] != tokens
+    ]:
         raise RuntimeError(f"{server.url}: answers of {short} tokens where {tokens} were asked")
-    computed = [len(ids) - reply["meta_info"]["cached_tokens"] for ids, reply in zip(prompts, replies)]
-    if cached and max(computed) > PAGE_TOKENS:  # the last page is computed anew
+    if cached and (computed := max(count for _, count in answers)) > PAGE_TOKENS:  # the last page is computed anew
         raise RuntimeError(
-            f"{server.url}: {max(computed)} tokens of a prompt were not in the prefix cache: the server needs room for "
+            f"{server.url}: {computed} tokens of a prompt were not in the prefix cache: the server needs room for "
             f"--batch times --context tokens and their answers (--max-total-tokens)"
         )
-    return seconds
+    return [progress for progress, _ in answers]
 
 
-def rate_of(server: Client, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second between a quarter of the tokens and all of them."""
-    part = tokens // 4
-    less, all_of_them = (seconds_of(server, prompts, count) for count in (part, tokens))
-    if all_of_them <= less:
-        raise RuntimeError(f"{server.url}: {tokens} tokens took {all_of_them:.2f} s, {part} took {less:.2f} s")
-    return len(prompts) * (tokens - part) / (all_of_them - less)
+def tokens_at(progress: Progress, moment: float) -> float:
+    """Tokens that had come by then, between two chunks in proportion to the time."""
+    for (began, before), (ended, after) in pairwise(progress):
+        if began <= moment <= ended:
+            return before + (after - before) * (moment - began) / (ended - began) if ended > began else after
+    return progress[-1][1]
+
+
+def rate_of(answers: Sequence[Progress]) -> float:
+    """Tokens per second while all are answered. RuntimeError where that was too short to tell."""
+    began, ended = max(one[0][0] for one in answers), min(one[-1][0] for one in answers)
+    came = [tokens_at(one, ended) - tokens_at(one, began) for one in answers] if ended > began else [0.0]
+    if min(came) < (least := LEAST_SHARE * answers[0][-1][1]):
+        raise RuntimeError(
+            f"{min(came):.0f} tokens of an answer came while all requests were answered, fewer than {least:.0f}: "
+            f"ask for more --tokens"
+        )
+    return sum(came) / (ended - began)
 
 
 def forwards_of(server: Client) -> dict[str, int]:
@@ -89,17 +109,35 @@ def measure(servers: dict[str, Client], prompts: list[list[int]], tokens: int, r
     """Rates of each server, which take turns. RuntimeError where a mode did not run in every step, or in far more."""
     rates: dict[str, list[float]] = {name: [] for name in servers}
     for server in servers.values():
-        seconds_of(server, prompts, 1, cached=False)
-    for _ in range(repeats):
+        answers_of(server, prompts, 1, cached=False)
+    for turn in range(repeats + 1):
         for name, server in servers.items():
             before = runs(server, f"decode/{name}")
-            rates[name].append(rate_of(server, prompts, tokens))
-            ran, steps = runs(server, f"decode/{name}") - before, tokens - 1 + tokens // 4 - 1
+            answers = answers_of(server, prompts, tokens)
+            ran, steps = runs(server, f"decode/{name}") - before, tokens - 1
             if name not in ("native", "auto") and ran < steps:
                 raise RuntimeError(f"{name}: {ran} runs on the device for {steps} decode steps")
             if ran > MOST_STEPS * steps + len(prompts):
                 raise RuntimeError(f"{name}: {ran} runs for {steps} decode steps: the batch was not decoded at once")
+            if turn:  # the first builds what is built lazily
+                rates[name].append(rate_of(answers))
     return rates
+
+
+def scatter_of(rates: Sequence[float]) -> float:
+    """(largest - smallest) / median."""
+    return (max(rates) - min(rates)) / statistics.median(rates)
+
+
+def summary(name: str, rates: dict[str, list[float]], batch: int) -> str:
+    """A line: the median, how far the repeats lie apart, and against native whether the repeats tell them apart."""
+    mine, native = rates[name], rates.get("native")
+    rate = statistics.median(mine)
+    line = f"{name}: {rate:.0f} tokens/s, {1e3 * batch / rate:.2f} ms a step, scatter {100 * scatter_of(mine):.0f} %"
+    if native is None or name == "native":
+        return line
+    apart = min(mine) > max(native) or max(mine) < min(native)
+    return f"{line}, {rate / statistics.median(native):.2f}x native{'' if apart else ', within the scatter'}"
 
 
 def main() -> int:
@@ -108,37 +146,37 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=65536)
-    parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prepare", action="store_true", help="fill the prefix caches and measure nothing")
     args = parser.parse_args()
-    if args.tokens < 8 or min(args.batch, args.context, args.repeats) < 1:
-        parser.error("--tokens must be at least 8, --batch, --context and --repeats at least 1")
+    if args.tokens < 4 * EVERY or min(args.batch, args.context, args.repeats) < 1:
+        parser.error(f"--tokens must be at least {4 * EVERY}, --batch, --context and --repeats at least 1")
     try:
         servers = named_servers(args.url)
         prompts = prompts_of(args.batch, args.context)
         if args.prepare:
             for name, server in servers.items():
-                print(f"{name}: {seconds_of(server, prompts, 1, cached=False):.1f} s to fill its cache", flush=True)
+                began = time.perf_counter()
+                answers_of(server, prompts, 1, cached=False)
+                print(f"{name}: {time.perf_counter() - began:.1f} s to fill its cache", flush=True)
             return 0
         rates = measure(servers, prompts, args.tokens, args.repeats)
     except (ConnectionError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    medians = {name: statistics.median(values) for name, values in rates.items()}
     record = {
         "run": run_record(),
         "batch": args.batch,
         "context": args.context,
         "tokens": args.tokens,
         "tokens_per_s": rates,
-        "medians": medians,
+        "medians": {name: statistics.median(values) for name, values in rates.items()},
+        "scatter": {name: scatter_of(values) for name, values in rates.items()},
         "forwards": {name: forwards_of(server) for name, server in servers.items()},
     }
     args.out.write_text(json.dumps(record, indent=1))
-    for name, rate in medians.items():
-        against = f", {rate / medians['native']:.2f}x native" if "native" in medians else ""
-        print(f"{name}: {rate:.0f} tokens/s, {1e3 * args.batch / rate:.2f} ms a step{against}")
+    print("\n".join(summary(name, rates, args.batch) for name in rates))
     return 0
 
 

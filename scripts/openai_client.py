@@ -1,9 +1,11 @@
 """A client of an OpenAI-compatible server, with the plugin's counters and its runtime switch, and a local tokenizer."""
 
+import json
 import threading
 import time
 import urllib.error
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -48,6 +50,25 @@ class Client(Server):
                 if not isinstance(reason, ConnectionRefusedError):
                     raise ConnectionError(f"{self.url}{path} failed: {reason}") from error
         raise ConnectionError(f"no server at {self.url}: the connection was refused {ATTEMPTS} times")
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed answer as they come. ConnectionError with the server's own words where it fails."""
+        data = json.dumps({**body, "stream": True}).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                for line in reply:
+                    said = line.decode().removeprefix("data: ").strip()
+                    if said and said != "[DONE]":
+                        chunk = json.loads(said)
+                        if "error" in chunk:
+                            raise ConnectionError(f"{self.url}{path} answered: {chunk['error']}")
+                        yield chunk
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise ConnectionError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
+        except urllib.error.URLError as error:
+            raise ConnectionError(f"{self.url}{path} failed: {error.reason}") from error
 
     def models(self) -> list[dict[str, Any]]:
         """What /v1/models lists."""

@@ -116,7 +116,7 @@ def failures_of(
     if not totals.new_tokens:
         failures.append("no request was answered")
     if args.must_retract and not totals.retractions:
-        failures.append("no request was retracted: lower --max-total-tokens and --schedule-conservativeness")
+        failures.append("no request was retracted: serve with SGLANG_TEST_RETRACT=1, or with fewer --max-total-tokens")
     if args.must_reuse and totals.cached_tokens < args.must_reuse * totals.prompt_tokens:
         failures.append(
             f"{totals.cached_tokens} of {totals.prompt_tokens} prompt tokens were in the prefix cache, less than "
@@ -152,7 +152,9 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     before = client.plugin_status()
     if before is None:
         raise ValueError(f"--url {args.url}: that server runs without the plugin")
-    traffic = Traffic(client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.seed)
+    traffic = Traffic(
+        client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.endless_share, args.seed
+    )
     began = time.monotonic()
     with MemoryWatch(client) as memory:
         totals = traffic.run(args.seconds)
@@ -171,6 +173,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "concurrency": args.concurrency,
         "max_tokens": args.max_tokens,
+        "endless_share": args.endless_share,
         "totals": totals.as_dict(),
         "memory_mib": memory.samples,
         "memory_growth_mib": growth,
@@ -204,6 +207,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=120_000, help="of prompt and answer")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=4000, help="token ids are drawn below it")
+    parser.add_argument(
+        "--endless-share", type=float, default=0.5, metavar="SHARE", help="of the answers, that ignore their end"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed sends other requests")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one request")
     parser.add_argument("--memory-slack-mib", type=int, default=512)
@@ -216,6 +222,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.max_new_tokens < args.max_tokens:
         parser.error(f"--max-new-tokens {args.max_new_tokens} must be in 1 .. {args.max_tokens - 1} (--max-tokens)")
+    if not 0 <= args.endless_share <= 1:
+        parser.error(f"--endless-share {args.endless_share:g} must be from 0 to 1")
     return args
 
 

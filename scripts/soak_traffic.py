@@ -13,8 +13,6 @@ from typing import Any
 from openai_client import Client
 
 CANCEL_SHARE, TURN_SHARE = 0.2, 0.5  # of all requests; of the others, where a conversation is waiting
-# Of all requests. For one that ignores its end SGLang reserves all its tokens, and never has to retract it.
-ENDLESS_SHARE = 0.5
 MAX_CONVERSATIONS = 64
 FIRST_ID = 2  # below it are special tokens
 GIVE_UP_AFTER = 20  # errors in a row: the server is gone, and what follows says nothing more
@@ -68,16 +66,25 @@ class Traffic:
     """`concurrency` workers that send requests until the deadline.
 
     Lengths of prompts and answers are log-uniform: most are short, every size up to max_tokens (prompt and answer)
-    comes. Half of the answers may end earlier. A conversation's next prompt is all of it so far, the answer included,
-    and some new tokens.
+    comes. A conversation's next prompt is all of it so far, the answer included, and some new tokens.
+
+    endless_share: of the requests, whose answers ignore their end. SGLang reserves all tokens of these, and never has
+    to retract them.
     """
 
     def __init__(
-        self, client: Client, concurrency: int, max_tokens: int, max_new_tokens: int, vocabulary: int, seed: int
+        self,
+        client: Client,
+        concurrency: int,
+        max_tokens: int,
+        max_new_tokens: int,
+        vocabulary: int,
+        endless_share: float,
+        seed: int,
     ) -> None:
         self.client = client
         self.concurrency, self.max_tokens, self.max_new_tokens = concurrency, max_tokens, max_new_tokens
-        self.vocabulary, self.seed = vocabulary, seed
+        self.vocabulary, self.endless_share, self.seed = vocabulary, endless_share, seed
         self.totals = Totals()
         self._conversations: list[list[int]] = []
         self._errors_in_a_row = 0
@@ -114,7 +121,7 @@ class Traffic:
         body = {
             "input_ids": ids,
             "sampling_params": {
-                "temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": draws.random() < ENDLESS_SHARE
+                "temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": draws.random() < self.endless_share
             },
         }  # fmt: skip
         began = time.monotonic()

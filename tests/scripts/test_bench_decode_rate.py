@@ -1,22 +1,29 @@
-"""Decode rates: what is asked, what is subtracted, and servers that do not decode as they are named."""
+"""Decode rates: what is asked, which tokens count, and servers that do not decode as they are named."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
 import bench_decode_rate
+import openai_client
+from tests.scripts.bench_server import BenchServer
 
 
 class Decoder:
-    """A server that steps its counter as it answers. room: prompts that its cache holds; waves: of a batch."""
+    """A server that steps its counter as it answers. room: prompts that its cache holds; waves: of a batch; short: by
+    how many tokens its answers are.
+    """
 
-    def __init__(self, mode: str, counts: bool = True, room: int = 99, waves: int = 1) -> None:
+    def __init__(self, mode: str, counts: bool = True, room: int = 99, waves: int = 1, short: int = 0) -> None:
         self.mode, self.counts, self.url = mode, counts, f"http://{mode}"
         self.room, self.waves, self.cached = room, waves, set[int]()
+        self.short = short
         self.runs, self.runs_as = 0, "native" if mode == "auto" else mode
         self.asked: list[tuple[int, int]] = []
 
-    def call(self, path: str, body: dict) -> dict:
+    def stream(self, path: str, body: dict) -> Iterator[dict]:
+        assert path == "/generate" and body["sampling_params"]["stream_interval"] == bench_decode_rate.EVERY
         ids, tokens = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         self.asked.append((len(ids), tokens))
         if ids[0] == bench_decode_rate.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
@@ -24,7 +31,10 @@ class Decoder:
         cached = len(ids) - 1 if ids[0] in self.cached else 0
         if len(self.cached) < self.room:
             self.cached.add(ids[0])
-        return {"output_ids": [1] * tokens, "meta_info": {"cached_tokens": cached}}
+        for came in dict.fromkeys(
+            [1, *range(1 + bench_decode_rate.EVERY, tokens - self.short, 16), tokens - self.short]
+        ):
+            yield {"meta_info": {"completion_tokens": came, "cached_tokens": cached}}
 
     def status(self) -> dict:
         forwards = [
@@ -39,15 +49,23 @@ class Decoder:
 def decoders(monkeypatch):
     known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
     known |= {"http://d": Decoder("auto"), "http://e": Decoder("hisa", room=2), "http://f": Decoder("hisa", waves=2)}
+    known |= {"http://g": Decoder("hisa", short=1)}
     monkeypatch.setattr(bench_decode_rate, "Client", known.__getitem__)
-    asked = bench_decode_rate.seconds_of
+    answers_of = bench_decode_rate.answers_of
+    rounds = iter(range(1000))
 
-    def seconds_of(server, prompts, tokens, cached=True):
-        """A start of 20 s and a second a token; native takes two."""
-        asked(server, prompts, tokens, cached)
-        return 20.0 + tokens * (2 if server.mode == "native" else 1)
+    def on_a_clock(server, prompts, tokens, cached=True):
+        """Request i starts after 3 i seconds, and all of them the later the more rounds there were. Then it takes a
+        second a token, native two; in a server's first round ten times that.
+        """
+        answers = answers_of(server, prompts, tokens, cached)
+        second = 2 if server.mode == "native" else 1
+        first = server.asked.count((len(prompts[0]), tokens)) == len(prompts)
+        start = 20 * next(rounds)
+        pace = second * (10 if first and tokens > 1 else 1)
+        return [[(start + 3 * i + pace * n, n) for _, n in one] for i, one in enumerate(answers)]
 
-    monkeypatch.setattr(bench_decode_rate, "seconds_of", seconds_of)
+    monkeypatch.setattr(bench_decode_rate, "answers_of", on_a_clock)
     return known
 
 
@@ -66,13 +84,61 @@ def run(monkeypatch, tmp_path, *arguments: str) -> int:
     return bench_decode_rate.main()
 
 
-def test_the_start_is_subtracted(decoders, monkeypatch, tmp_path, capsys):
-    options = ["--tokens", "80", "--repeats", "1", "--url", "native=http://a", "hisa=http://b"]
+def test_a_start_that_takes_long_does_not_count(decoders, monkeypatch, tmp_path, capsys):
+    options = ["--tokens", "80", "--repeats", "2", "--url", "native=http://a", "hisa=http://b"]
     assert run(monkeypatch, tmp_path, *options) == 0
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["medians"] == {"native": 1.5, "hisa": 3.0}, "60 tokens of 3 requests in 120 and in 60 s"
-    assert sorted(decoders["http://b"].asked) == [(80, 1)] * 3 + [(80, 20)] * 3 + [(80, 80)] * 3
-    assert "hisa: 3 tokens/s, 1000.00 ms a step, 2.00x native" in capsys.readouterr().out
+    assert record["tokens_per_s"] == {"native": [1.5, 1.5], "hisa": [3.0, 3.0]}, (
+        "the first round took ten times as long"
+    )
+    assert record["medians"] == {"native": 1.5, "hisa": 3.0} and record["scatter"] == {"native": 0.0, "hisa": 0.0}
+    assert decoders["http://b"].asked == [(80, 1)] * 3 + [(80, 80)] * 9
+    said = capsys.readouterr().out
+    assert "hisa: 3 tokens/s, 1000.00 ms a step, scatter 0 %, 2.00x native\n" in said
+
+
+def test_only_tokens_count_that_come_while_all_are_answered():
+    """Between the second's first token, when the first has 41 of its, and the first's last, when the second has 61."""
+    first = [(0.0, 1), (10.0, 101)]
+    second = [(4.0, 1), (14.0, 101)]
+    assert bench_decode_rate.rate_of([first, second]) == pytest.approx(20.0)
+    faster = [(4.0, 1), (6.0, 61), (10.0, 121)]
+    assert bench_decode_rate.rate_of([first, faster]) == pytest.approx((60 + 120) / 6)
+
+
+@pytest.mark.parametrize("start", [6.0, 11.0])
+def test_requests_that_were_hardly_answered_at_once(start):
+    answers = [[(0.0, 1), (10.0, 101)], [(start, 1), (start + 10, 101)]]
+    with pytest.raises(
+        RuntimeError, match=r"(39|40|0) tokens of an answer came .* fewer than 50: ask for more --tokens"
+    ):
+        bench_decode_rate.rate_of(answers)
+
+
+def test_a_stream_is_read_as_it_comes_and_its_errors_are_said():
+    body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}}
+    with BenchServer(pause_s=0) as server:
+        client = openai_client.Client(server.url)
+        came = [chunk["meta_info"]["completion_tokens"] for chunk in client.stream("/generate", body)]
+        assert came == [1, 2, 3]
+        server.fail_after = 1
+        with pytest.raises(ConnectionError, match="/generate answered 500 .*out of order"):
+            list(client.stream("/generate", body))
+    with pytest.raises(ConnectionError, match="/generate failed: "):
+        list(client.stream("/generate", body))
+
+
+def test_a_difference_within_the_scatter_says_so():
+    rates = {"native": [90.0, 100.0, 130.0], "hisa": [120.0, 140.0, 160.0], "auto": [200.0, 210.0, 220.0]}
+    lines = [bench_decode_rate.summary(name, rates, 4) for name in rates]
+    assert lines[0] == "native: 100 tokens/s, 40.00 ms a step, scatter 40 %"
+    assert lines[1].endswith("scatter 29 %, 1.40x native, within the scatter")
+    assert lines[2].endswith("scatter 10 %, 2.10x native")
+
+
+def test_answers_that_are_cut_off_fail(decoders, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, "--tokens", "80", "--url", "hisa=http://g") == 1
+    assert "answers of [0, 0, 0] tokens where 1 were asked" in capsys.readouterr().err
 
 
 def test_prompts_differ_from_their_first_tokens_on():
@@ -82,12 +148,12 @@ def test_prompts_differ_from_their_first_tokens_on():
 
 
 def test_a_mode_that_did_not_run_fails(decoders, monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, tmp_path, "--tokens", "8", "--url", "native=http://a", "hisa=http://c") == 1
+    assert run(monkeypatch, tmp_path, "--tokens", "64", "--url", "native=http://a", "hisa=http://c") == 1
     assert "hisa: 0 runs on the device for" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
 
 
 def test_auto_may_decode_natively(decoders, monkeypatch, tmp_path):
-    assert run(monkeypatch, tmp_path, "--tokens", "8", "--url", "native=http://a", "auto=http://d") == 0
+    assert run(monkeypatch, tmp_path, "--tokens", "64", "--url", "native=http://a", "auto=http://d") == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["forwards"]["auto"] == {"native (below_break_even)": 5}
 

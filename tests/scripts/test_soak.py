@@ -102,6 +102,14 @@ def test_traffic_of_every_kind(tmp_path, capsys):
     assert record["runs"][0]["run"]["command"] and "nothing broke" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("share", "seen"), [("0", {False}), ("1", {True})])
+def test_the_share_of_answers_that_ignore_their_end(tmp_path, share, seen):
+    server = SoakServer()
+    _, record = run(server, tmp_path, "--endless-share", share)
+    assert {body["sampling_params"]["ignore_eos"] for body in server.bodies} == seen
+    assert record["runs"][0]["endless_share"] == float(share)
+
+
 def test_answers_that_may_end_do(tmp_path):
     server = SoakServer()
     server.ends_early = True
@@ -266,6 +274,12 @@ def test_an_answer_as_long_as_the_context_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         soak.main(["--out", str(tmp_path / "o"), "--max-tokens", "20", "--max-new-tokens", "20"])
     assert "--max-new-tokens 20 must be in 1 .. 19" in capsys.readouterr().err
+
+
+def test_a_share_is_from_0_to_1(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        soak.main(["--out", str(tmp_path / "o"), "--endless-share", "1.5"])
+    assert "--endless-share 1.5 must be from 0 to 1" in capsys.readouterr().err
 
 
 def test_nvidia_smi(monkeypatch):
