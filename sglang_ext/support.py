@@ -1,6 +1,7 @@
 """Which modes the machine can run: refusals of the gpu backend, kernels that do not compile, and what is said of it."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,11 @@ class Support:
             return
         from indexer_kernels.gpu.compile_check import compile_each
 
+        began = time.monotonic()
         for (key, settings), outcome in zip(wanted.items(), compile_each(list(wanted), num_heads)):
             for name, error in outcome:
                 if error is not None:
                     sentence = self._broken.setdefault(key, f"kernel {name} does not compile: {error}")
                     self.reject(settings, sentence)
+        modes = ", ".join(dict.fromkeys(mode for mode, _ in wanted))
+        logger.info("kernels of %s compiled or found in %.1f s", modes, time.monotonic() - began)

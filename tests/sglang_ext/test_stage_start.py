@@ -135,6 +135,13 @@ def test_start_compiles_what_native_tail_rows_run(gpu):
     assert gpu.compiled == [(2048, 64, "misa"), (2048, 64, "native")]
 
 
+def test_start_says_how_long_the_kernels_took(gpu, caplog):
+    own = {"mode": "misa", "decode_mode": "hisa"}
+    with caplog.at_level(logging.INFO, "sglang_ext"):
+        start(Stage(Settings(**own), {}), {"sglang_ext": own}, device=gpu.device)
+    assert [line for line in log_lines(caplog, logging.INFO) if line.startswith("kernels of misa, hisa ")]
+
+
 def test_start_asks_for_what_auto_would_run(gpu):
     start(Stage(Settings(), {}), {}, device=gpu.device)
     assert [mode for mode, _, _ in gpu.asked] == [policy.AUTO_PREFILL]
