@@ -38,7 +38,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[list[str]]
     """[name, old, new] of what the two runs did not share: commit, machine, versions, settings, servers."""
     sides = [
         {**{name: run[name] for name in ("commit", "gpu", "packages", "command")}, **content["settings"]}
-        | {"how": content["how"], "unfinished": content["unfinished"]}
+        | {"how": content["how"], "unfinished": content.get("unfinished")}
         | {f"server of {mode}": entry["server"] for mode, entry in content["servers"].items()}
         for content in (old, new)
         for run in [content["run"]]

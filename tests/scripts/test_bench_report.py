@@ -199,6 +199,15 @@ def test_comparison(content, tmp_path, capsys):
     assert re.search(r"native +time to first token, median, ms +1,015 +2,030 +0\.50x", said)
 
 
+def test_an_unfinished_run_is_compared(content, tmp_path, capsys):
+    """Also with one of a version that could not be: its record says nothing of it."""
+    new = copy.deepcopy(content) | {"unfinished": {"measured": 7, "of": 12}}
+    del content["unfinished"]
+    paths = write(tmp_path / "old.json", content), write(tmp_path / "new.json", new)
+    assert bench_modes.main(["--compare", *paths, "--out", str(tmp_path / "out")]) == 0
+    assert 'unfinished differs: null / {"measured": 7, "of": 12}' in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared(content, tmp_path, capsys):
     good, other = write(tmp_path / "good.json", content), write(tmp_path / "other.json", {"what": "else"})
     assert bench_modes.main(["--compare", good, other, "--out", str(tmp_path)]) == 2
