@@ -152,6 +152,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     before = client.plugin_status()
     if before is None:
         raise ValueError(f"--url {args.url}: that server runs without the plugin")
+    if "reserved_mib" not in before:
+        raise ValueError(f"--url {args.url}: that server's plugin is of another version than this script")
     traffic = Traffic(
         client, args.concurrency, args.max_tokens, args.max_new_tokens, args.vocabulary, args.endless_share, args.seed
     )

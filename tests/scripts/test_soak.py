@@ -219,6 +219,12 @@ def test_a_server_without_the_plugin_is_refused(tmp_path, capsys):
     assert "runs without the plugin" in capsys.readouterr().err
 
 
+def test_a_server_with_an_older_plugin_is_refused(tmp_path, capsys):
+    with FakeServer(str) as server:
+        assert soak.main(["--url", server.url, "--out", str(tmp_path / "soak.json"), "--seconds", "1"]) == 2
+    assert "that server's plugin is of another version" in capsys.readouterr().err
+
+
 def test_memory_that_grows(tmp_path, memory):
     memory[:] = range(1000, 9000, 100)
     _, record = run(SoakServer(), tmp_path)
