@@ -1,5 +1,6 @@
 """A client of an OpenAI-compatible server, with the plugin's counters and its runtime switch, and a local tokenizer."""
 
+import http.client
 import json
 import threading
 import time
@@ -67,8 +68,10 @@ class Client(Server):
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             raise ConnectionError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"{self.url}{path} failed: {error.reason}") from error
+        except (OSError, http.client.HTTPException) as error:  # an answer that breaks off is of the second kind
+            if isinstance(error, ConnectionError):
+                raise
+            raise ConnectionError(f"{self.url}{path} failed: {getattr(error, 'reason', error)!r}") from error
 
     def models(self) -> list[dict[str, Any]]:
         """What /v1/models lists."""

@@ -1,6 +1,9 @@
 """Decode rates: what is asked, which tokens count, and servers that do not decode as they are named."""
 
+import contextlib
+import http.client
 import json
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -126,6 +129,22 @@ def test_a_stream_is_read_as_it_comes_and_its_errors_are_said():
             list(client.stream("/generate", body))
     with pytest.raises(ConnectionError, match="/generate failed: "):
         list(client.stream("/generate", body))
+
+
+def test_a_stream_that_breaks_off(monkeypatch):
+    @contextlib.contextmanager
+    def urlopen(*_: object, **__: object) -> Iterator[Iterator[bytes]]:
+        def lines() -> Iterator[bytes]:
+            yield b'data: {"meta_info": {"completion_tokens": 1}}\n'
+            raise http.client.IncompleteRead(b"")
+
+        yield lines()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    stream = openai_client.Client("http://h").stream("/generate", {})
+    assert next(stream)["meta_info"]["completion_tokens"] == 1
+    with pytest.raises(ConnectionError, match="http://h/generate failed: IncompleteRead"):
+        next(stream)
 
 
 def test_a_difference_within_the_scatter_says_so():
