@@ -1,12 +1,12 @@
 """Tokens per second of decoding alone, on servers that run already, at one batch and context.
 
     python scripts/bench_decode_rate.py --url native=http://127.0.0.1:30000 hisa=http://127.0.0.1:30001
-                                        --out rate.json [--batch 32] [--context 65536] [--tokens 512] [--repeats 5]
+                                        --out rate.json [--batch 32] [--context 65536] [--tokens 1024] [--repeats 5]
                                         [--prepare]
 
 Every server is given the same prompts, whose keys stay in its prefix cache: a measurement in which they were not there
 fails. (--prepare fills the caches and measures nothing.) A measurement asks all prompts at once and counts the tokens
-that come while every one of them is answered: from the moment when the last has its first token to the one when the
+that come while every one of them is answered: from the moment when the last has its second chunk to the one when the
 first has its last. Answers are streamed EVERY tokens at a time, so that reading them costs little. Servers take turns,
 after a round that is not recorded; medians, and how far the repeats lie apart. A server must decode in the mode of its
 name, and unless that is `native` or `auto` its device counter must rise by the steps taken, and by few more: more mean
@@ -31,7 +31,7 @@ from server_checks import prompt, runs
 
 EVERY = 16  # tokens between two chunks of a streamed answer
 LEAST_SHARE = 0.5  # of an answer's tokens: as long all requests must have been answered at once
-MOST_STEPS = 1.25  # device runs for each step asked for: requests of a batch do not begin in the same step
+MOST_STEPS = 2 - LEAST_SHARE  # device runs for each step asked for: as many where the last begins as late as it may
 Progress = list[tuple[float, int]]  # (clock, tokens of an answer that have come), growing
 
 
@@ -74,8 +74,11 @@ def tokens_at(progress: Progress, moment: float) -> float:
 
 
 def rate_of(answers: Sequence[Progress]) -> float:
-    """Tokens per second while all are answered. RuntimeError where that was too short to tell."""
-    began, ended = max(one[0][0] for one in answers), min(one[-1][0] for one in answers)
+    """Tokens per second while all are answered. RuntimeError where that was too short to tell.
+
+    From the last one's second chunk on: what others were sent around its first was held up by its prefill.
+    """
+    began, ended = max(one[:2][-1][0] for one in answers), min(one[-1][0] for one in answers)
     came = [tokens_at(one, ended) - tokens_at(one, began) for one in answers] if ended > began else [0.0]
     if min(came) < (least := LEAST_SHARE * answers[0][-1][1]):
         raise RuntimeError(
@@ -146,7 +149,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=65536)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prepare", action="store_true", help="fill the prefix caches and measure nothing")
     args = parser.parse_args()

@@ -14,11 +14,11 @@ from tests.scripts.bench_server import BenchServer
 
 
 class Decoder:
-    """A server that steps its counter as it answers. room: prompts that its cache holds; waves: of a batch; short: by
-    how many tokens its answers are.
+    """A server that steps its counter as it answers. room: prompts that its cache holds; waves: of a batch, or how
+    many times its steps it takes; short: by how many tokens its answers are.
     """
 
-    def __init__(self, mode: str, counts: bool = True, room: int = 99, waves: int = 1, short: int = 0) -> None:
+    def __init__(self, mode: str, counts: bool = True, room: int = 99, waves: float = 1, short: int = 0) -> None:
         self.mode, self.counts, self.url = mode, counts, f"http://{mode}"
         self.room, self.waves, self.cached = room, waves, set[int]()
         self.short = short
@@ -30,7 +30,7 @@ class Decoder:
         ids, tokens = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         self.asked.append((len(ids), tokens))
         if ids[0] == bench_decode_rate.prompts_of(1, 1)[0][0] and self.counts:  # once per batch
-            self.runs += self.waves * (tokens - 1)
+            self.runs += round(self.waves * (tokens - 1))
         cached = len(ids) - 1 if ids[0] in self.cached else 0
         if len(self.cached) < self.room:
             self.cached.add(ids[0])
@@ -52,7 +52,7 @@ class Decoder:
 def decoders(monkeypatch):
     known = {"http://a": Decoder("native"), "http://b": Decoder("hisa"), "http://c": Decoder("hisa", counts=False)}
     known |= {"http://d": Decoder("auto"), "http://e": Decoder("hisa", room=2), "http://f": Decoder("hisa", waves=2)}
-    known |= {"http://g": Decoder("hisa", short=1)}
+    known |= {"http://g": Decoder("hisa", short=1), "http://h": Decoder("hisa", waves=1.4)}
     monkeypatch.setattr(bench_decode_rate, "Client", known.__getitem__)
     answers_of = bench_decode_rate.answers_of
     rounds = iter(range(1000))
@@ -101,21 +101,30 @@ def test_a_start_that_takes_long_does_not_count(decoders, monkeypatch, tmp_path,
 
 
 def test_only_tokens_count_that_come_while_all_are_answered():
-    """Between the second's first token, when the first has 41 of its, and the first's last, when the second has 61."""
-    first = [(0.0, 1), (10.0, 101)]
-    second = [(4.0, 1), (14.0, 101)]
+    """Between the second's second chunk and the first's last."""
+    first = [(0.0, 1), (1.6, 17), (10.0, 101)]
+    second = [(3.0, 1), (4.6, 17), (13.0, 101)]
     assert bench_decode_rate.rate_of([first, second]) == pytest.approx(20.0)
-    faster = [(4.0, 1), (6.0, 61), (10.0, 121)]
-    assert bench_decode_rate.rate_of([first, faster]) == pytest.approx((60 + 120) / 6)
+    faster = [(3.0, 1), (4.0, 21), (5.0, 61), (10.0, 121)]
+    assert bench_decode_rate.rate_of([first, faster]) == pytest.approx((60 + 100) / 6)
 
 
-@pytest.mark.parametrize("start", [6.0, 11.0])
-def test_requests_that_were_hardly_answered_at_once(start):
-    answers = [[(0.0, 1), (10.0, 101)], [(start, 1), (start + 10, 101)]]
-    with pytest.raises(
-        RuntimeError, match=r"(39|40|0) tokens of an answer came .* fewer than 50: ask for more --tokens"
-    ):
+def test_a_prefill_that_holds_up_the_others_does_not_count():
+    """Both decode a token a second from 10 s on; before, the first waited for the second's prefill."""
+    steady = [(26.0, 17), (42.0, 33), (58.0, 49), (74.0, 65)]
+    assert bench_decode_rate.rate_of([[(0.0, 1), *steady], [(10.0, 1), *steady]]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("start", "came"), [(4.0, 44), (11.0, 0)])
+def test_requests_that_were_hardly_answered_at_once(start, came):
+    answers = [[(at, 1), (at + 1.6, 17), (at + 10, 101)] for at in (0.0, start)]
+    with pytest.raises(RuntimeError, match=rf"^{came} tokens of an answer .* fewer than 50: ask for more --tokens"):
         bench_decode_rate.rate_of(answers)
+
+
+def test_an_answer_in_one_chunk_tells_nothing():
+    with pytest.raises(RuntimeError, match="^0 tokens of an answer came"):
+        bench_decode_rate.rate_of([[(5.0, 64)], [(0.0, 1), (1.0, 17), (9.0, 64)]])
 
 
 def test_a_stream_is_read_as_it_comes_and_its_errors_are_said():
@@ -175,6 +184,10 @@ def test_auto_may_decode_natively(decoders, monkeypatch, tmp_path):
     assert run(monkeypatch, tmp_path, "--tokens", "64", "--url", "native=http://a", "auto=http://d") == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["forwards"]["auto"] == {"native (below_break_even)": 5}
+
+
+def test_a_start_as_late_as_the_window_allows_is_no_split_batch(decoders, monkeypatch, tmp_path):
+    assert run(monkeypatch, tmp_path, "--tokens", "80", "--url", "hisa=http://h") == 0
 
 
 @pytest.mark.parametrize(
