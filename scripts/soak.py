@@ -116,7 +116,10 @@ def failures_of(
     if not totals.new_tokens:
         failures.append("no request was answered")
     if args.must_retract and not totals.retractions:
-        failures.append("no request was retracted: serve with SGLANG_TEST_RETRACT=1, or with fewer --max-total-tokens")
+        failures.append(
+            "no request was retracted: serve with SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION=1 and few --max-total-tokens, "
+            "or with SGLANG_TEST_RETRACT=1"
+        )
     if args.must_reuse and totals.cached_tokens < args.must_reuse * totals.prompt_tokens:
         failures.append(
             f"{totals.cached_tokens} of {totals.prompt_tokens} prompt tokens were in the prefix cache, less than "

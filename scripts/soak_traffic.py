@@ -68,8 +68,8 @@ class Traffic:
     Lengths of prompts and answers are log-uniform: most are short, every size up to max_tokens (prompt and answer)
     comes. A conversation's next prompt is all of it so far, the answer included, and some new tokens.
 
-    endless_share: of the requests, whose answers ignore their end. SGLang reserves all tokens of these, and never has
-    to retract them.
+    endless_share: of the requests, whose answers ignore their end. SGLang reserves what these may still ask (up to 4096
+    tokens each), so that their own growth seldom makes it retract; where it does, it takes them as well.
     """
 
     def __init__(
