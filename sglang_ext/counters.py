@@ -130,6 +130,7 @@ class Counters:
             "traces_written": written,
             "traces_skipped": skipped,
             "reserved_mib": torch.cuda.memory_reserved() >> 20 if torch.cuda.is_initialized() else 0,
+            "allocated_mib": torch.cuda.memory_allocated() >> 20 if torch.cuda.is_initialized() else 0,
         }
 
     def _zeros(self, name: str, size: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,7 @@ class SoakServer(FakeServer):
         self.busy, self.prefill, self.shadow_errors = False, "native", 0
         self.cached, self.retractions, self.ends_early = 3, 1, False
         self.reserved = [1000]  # MiB, one status after the other, the last for ever
+        self.kept = 0  # MiB that an answer leaves allocated
         self.bodies: list[dict[str, Any]] = []
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -65,6 +66,7 @@ class SoakServer(FakeServer):
             "integrity_mismatches": 4 + self.mismatches,
             "refused": self.refused,
             "reserved_mib": self.reserved.pop(0) if len(self.reserved) > 1 else self.reserved[0],
+            "allocated_mib": 900 + self.kept * len(self.bodies),
         }
 
 
@@ -246,6 +248,18 @@ def test_memory_that_grows_in_the_server_alone(tmp_path):
     assert len(record["failures"]) == 1 and "torch's memory in the server grew" in record["failures"][0]
 
 
+def test_memory_that_answers_leave_allocated(tmp_path, capsys):
+    server = SoakServer()
+    server.kept = 50
+    code, record = run(server, tmp_path)
+    grown = 50 * len(server.bodies)
+    [failure] = record["failures"]
+    assert code == 1 and failure == f"{grown} MiB more are allocated in the idle server than before, over 128"
+    assert f"{grown} allocated when idle" in capsys.readouterr().out
+    (fresh := tmp_path / "fresh").mkdir()
+    assert run(server, fresh, "--kept-slack-mib", "999999")[0] == 0
+
+
 def test_what_a_run_has_to_meet(tmp_path, capsys):
     (well := tmp_path / "well").mkdir()
     assert run(SoakServer(), well, "--must-retract", "--must-reuse", "0.001")[0] == 0
@@ -260,9 +274,9 @@ def test_what_a_run_has_to_meet(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("used", "growth"),
-    [([], None), ([5], None), ([5, 9], 4), ([9, 5, 5, 5], -4), ([1, 8, 5, 5, 5, 5, 5, 9], 1)],
+    [([], None), ([5], None), ([5, 9], 4), ([9, 5, 5, 5], -4), ([1, 5, 5, 8, 5, 5, 5, 9], 1), ([1, 9, 9, 9], 0)],
 )
-def test_growth_is_what_comes_after_the_first_quarter(used, growth):
+def test_growth_is_what_comes_after_the_first_half(used, growth):
     assert soak.growth_mib([(float(i), mib) for i, mib in enumerate(used)]) == growth
 
 

@@ -22,13 +22,16 @@ def test_empty():
         "traces_written": 0,
         "traces_skipped": {},
         "reserved_mib": 0,
+        "allocated_mib": 0,
     }
 
 
 def test_what_torch_holds_on_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
-    assert Counters().snapshot()["reserved_mib"] == 3072
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2 << 30)
+    memory = Counters().snapshot()
+    assert (memory["reserved_mib"], memory["allocated_mib"]) == (3072, 2048)
 
 
 def test_integrity_adds_up_in_one_place():
