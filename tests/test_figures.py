@@ -200,15 +200,46 @@ def test_answers_when_decode_chooses_by_blocks():
         assert agree(native, averages[0]) and agree(hisa, averages[1]), page
 
 
+def test_tokens_per_second():
+    stages = {(one["context"], one["mode"]): one["us"] for one in record("decode_stage/decode_32.json")["results"]}
+    records = {"20": "rate_20_layers", "12": "rate_12_layers_128k"}
+    for layers, context, native, hisa, times, *rest in table("docs/performance.md", "layers", "context"):
+        found = record(f"decode_served/{records[layers]}.json")
+        medians = {mode: statistics.median(found["tokens_per_s"][mode]) for mode in ("native", "hisa")}
+        assert (found["batch"], found["context"]) == (32, int(context))
+        assert agree(native, medians["native"]) and agree(hisa, medians["hisa"])
+        assert agree(times, medians["hisa"] / medians["native"]), layers
+        steps = [1e3 * found["batch"] / medians[mode] for mode in ("native", "hisa")]
+        wanted = [*steps, *(stages[int(context), mode] for mode in ("native", "hisa"))]
+        assert all(agree(cell, value) for cell, value in zip(rest, wanted, strict=True)), (layers, rest, wanted)
+
+
+@pytest.mark.parametrize(("head", "name"), [("32K, 4 clients", "bench"), ("128K, 4 clients", "bench_128k")])
+def test_benchmark_of_a_served_model(head, name):
+    found = {one["mode"]: one["values"] for one in record(f"deployment/{name}.json")["results"]}
+    measured = ("median_ttft_ms", "median_tpot_ms", "total_throughput")
+    for metric, (_, *cells) in zip(measured, table("docs/results/deployment.md", head), strict=True):
+        medians = [statistics.median(found[mode][metric]) for mode in ("native", "misa_rerank", "hisa")]
+        for cell, value in zip(cells, medians, strict=True):
+            times = value / medians[0] if metric == "total_throughput" else medians[0] / value
+            assert agree(cell.replace(",", ""), value, *([times] if "(" in cell else [])), (metric, cell)
+
+
 def test_soaks():
-    seconds = statistics_read = 0
-    for server, _, shown, requests, prompts, compared, _ in table("docs/performance.md", "server", "prefill"):
-        [name] = re.findall(r"`(soak\w*)`", server) or re.findall(r"`(soak\w*)", server)
+    seconds = statistics_read = retractions = 0
+    for server, _, shown, requests, prompts, compared, retracted, held in table("docs/performance.md", "server"):
+        [name] = re.findall(r"`(soak\w*)", server)
         [run] = record(f"decode_served/{name}.json")["runs"]
         totals, read = run["totals"], run["after"]["integrity_checked"] - run["before"]["integrity_checked"]
         assert agree(shown, run["seconds"]) and int(requests) == sum(totals["requests"].values()), server
         share = 100 * totals["cached_tokens"] / totals["prompt_tokens"]
         assert agree(prompts, totals["prompt_tokens"] / 1e6, share) and agree(compared, read / 1e6), server
-        assert totals["errors"] == totals["retractions"] == run["after"]["integrity_mismatches"] == 0
+        assert totals["errors"] == run["after"]["integrity_mismatches"] == 0
+        assert int(retracted) == totals["retractions"], server
+        if held != "not judged":
+            memory = [mib for _, mib in run["memory_mib" if "on the GPU" in held else "reserved_mib"]]
+            half = len(memory) // 2
+            assert agree(held.replace("the same", "0"), max(memory[half:]) - max(memory[:half])), server
         seconds, statistics_read = seconds + run["seconds"], statistics_read + read
-    assert (round(seconds / 60), round(statistics_read / 1e6)) == (22, 477)
+        retractions += totals["retractions"]
+    assert (round(seconds / 60), round(statistics_read / 1e6), retractions) == (40, 976, 639)
