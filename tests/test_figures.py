@@ -225,6 +225,17 @@ def test_benchmark_of_a_served_model(head, name):
             assert agree(cell.replace(",", ""), value, *([times] if "(" in cell else [])), (metric, cell)
 
 
+def test_throughput_of_the_front_page():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    [shown] = re.findall(r"clients: ([\d.]+)x native's throughput with misa_rerank, ([\d.]+)x with hisa", text)
+    found = {
+        one["mode"]: statistics.median(one["values"]["total_throughput"])
+        for one in record("deployment/bench_128k.json")["results"]
+    }
+    for mode, times in zip(("misa_rerank", "hisa"), shown, strict=True):
+        assert agree(times, found[mode] / found["native"]), mode
+
+
 def test_soaks():
     seconds = statistics_read = retractions = 0
     for server, _, shown, requests, prompts, compared, retracted, held in table("docs/performance.md", "server"):
