@@ -44,8 +44,7 @@ class Client(Server):
             except urllib.error.HTTPError as error:
                 if path == "/flush_cache":
                     raise  # Server.flush waits for the server to become idle
-                said = error.read().decode(errors="replace")[:500]
-                raise ConnectionError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
+                raise self._answered(path, error) from error
             except OSError as error:
                 reason = getattr(error, "reason", error)
                 if not isinstance(reason, ConnectionRefusedError):
@@ -54,24 +53,28 @@ class Client(Server):
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer as they come. ConnectionError with the server's own words where it fails."""
-        data = json.dumps({**body, "stream": True}).encode()
+        for line in self._lines(path, json.dumps({**body, "stream": True}).encode()):
+            said = line.decode().removeprefix("data: ").strip()
+            if said and said != "[DONE]":
+                chunk = json.loads(said)
+                if "error" in chunk:
+                    raise ConnectionError(f"{self.url}{path} answered: {chunk['error']}")
+                yield chunk
+
+    def _lines(self, path: str, data: bytes) -> Iterator[bytes]:
+        """The lines of an answer as they come."""
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                for line in reply:
-                    said = line.decode().removeprefix("data: ").strip()
-                    if said and said != "[DONE]":
-                        chunk = json.loads(said)
-                        if "error" in chunk:
-                            raise ConnectionError(f"{self.url}{path} answered: {chunk['error']}")
-                        yield chunk
+                yield from reply
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise ConnectionError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
-        except (OSError, http.client.HTTPException) as error:  # an answer that breaks off is of the second kind
-            if isinstance(error, ConnectionError):
-                raise
+            raise self._answered(path, error) from error
+        except (OSError, http.client.HTTPException) as error:  # an answer that breaks off is of either kind
             raise ConnectionError(f"{self.url}{path} failed: {getattr(error, 'reason', error)!r}") from error
+
+    def _answered(self, path: str, error: urllib.error.HTTPError) -> ConnectionError:
+        said = error.read().decode(errors="replace")[:500]
+        return ConnectionError(f"{self.url}{path} answered {error.code} {error.reason}: {said}")
 
     def models(self) -> list[dict[str, Any]]:
         """What /v1/models lists."""

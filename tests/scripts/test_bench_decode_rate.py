@@ -140,19 +140,20 @@ def test_a_stream_is_read_as_it_comes_and_its_errors_are_said():
         list(client.stream("/generate", body))
 
 
-def test_a_stream_that_breaks_off(monkeypatch):
+@pytest.mark.parametrize("broken", [http.client.IncompleteRead(b""), ConnectionResetError(104, "reset by peer")])
+def test_a_stream_that_breaks_off(monkeypatch, broken):
     @contextlib.contextmanager
     def urlopen(*_: object, **__: object) -> Iterator[Iterator[bytes]]:
         def lines() -> Iterator[bytes]:
             yield b'data: {"meta_info": {"completion_tokens": 1}}\n'
-            raise http.client.IncompleteRead(b"")
+            raise broken
 
         yield lines()
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     stream = openai_client.Client("http://h").stream("/generate", {})
     assert next(stream)["meta_info"]["completion_tokens"] == 1
-    with pytest.raises(ConnectionError, match="http://h/generate failed: IncompleteRead"):
+    with pytest.raises(ConnectionError, match=f"http://h/generate failed: {type(broken).__name__}"):
         next(stream)
 
 
