@@ -111,6 +111,7 @@ def failures_of(
     after: dict[str, Any],
     growth: int | None,
     own_growth: int | None,
+    kept: int,
     args: argparse.Namespace,
 ) -> list[str]:
     """What a run proved wrong, or could not prove: one sentence each."""
@@ -146,7 +147,7 @@ def failures_of(
         failures.append(f"shadow sampling met an error {errors} times: see the server's log")
     if growth is None and not args.no_memory:
         failures.append("the GPU's memory was not measured: run beside the server (or --no-memory)")
-    if (kept := after["allocated_mib"] - before["allocated_mib"]) > args.kept_slack_mib:
+    if kept > args.kept_slack_mib:
         failures.append(f"{kept} MiB more are allocated in the idle server than before, over {args.kept_slack_mib}")
     if growth is not None and growth > args.memory_slack_mib:
         failures.append(f"memory grew by {growth} MiB after the first half, more than {args.memory_slack_mib}")
@@ -172,10 +173,11 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - began
     growth = None if args.no_memory else growth_mib(memory.samples)
     own_growth = growth_mib(memory.reserved)
-    after = None
+    after = kept = None
     try:
         idle, after = becomes_idle(client), client.status()
-        failures = failures_of(totals, before, after, growth, own_growth, args)
+        kept = after["allocated_mib"] - before["allocated_mib"]
+        failures = failures_of(totals, before, after, growth, own_growth, kept, args)
         failures += [] if idle else [f"a request was left in the server {IDLE_LIMIT_S:.0f} s after the last answer"]
     except ConnectionError as error:
         failures = [f"the server is gone: {error}"]
@@ -190,6 +192,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "memory_growth_mib": growth,
         "reserved_mib": memory.reserved,
         "reserved_growth_mib": own_growth,
+        "kept_mib": kept,
         "before": before,
         "after": after,
         "failures": failures,
@@ -253,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         f"({totals['cached_tokens']} cached), {totals['new_tokens']} new, {totals['retractions']} retractions; "
         f"{after['integrity_checked'] - run['before']['integrity_checked']} statistics compared; "
         f"MiB more: {run['memory_growth_mib']} on the GPU, {run['reserved_growth_mib']} held by torch in the server, "
-        f"{after['allocated_mib'] - run['before']['allocated_mib']} allocated when idle"
+        f"{run['kept_mib']} allocated when idle"
     )
     print("\n".join(["failed:", *run["failures"]]) if run["failures"] else "nothing broke")
     print(f"{record['seconds']:.0f} s in all, {len(record['runs'])} runs, {len(record['failures'])} failures")

@@ -203,6 +203,7 @@ def test_a_server_that_is_gone_at_the_end_is_in_the_record(tmp_path, monkeypatch
     code, record = run(SoakServer(), tmp_path)
     assert code == 1 and record["failures"] == ["the server is gone: no server: the connection was refused"]
     assert record["runs"][0]["after"] is None and record["runs"][0]["totals"]["requests"]
+    assert record["runs"][0]["kept_mib"] is None
     assert "the server is gone" in capsys.readouterr().out
 
 
